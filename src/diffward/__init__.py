@@ -1,0 +1,3 @@
+"""diffward: know what your fine-tuned diffusion model gives away, before you share it."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,6 @@
+"""One training loop; a method is a step object in one file."""
+
+from diffward.finetune.loop import TrainResult as TrainResult
+from diffward.finetune.loop import train as train
+from diffward.finetune.method import METHODS as METHODS
+from diffward.finetune.settings import Settings as Settings

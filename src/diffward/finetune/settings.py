@@ -1,0 +1,90 @@
+"""What a training run is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from diffward.errors import InputError
+from diffward.models.adapters import TARGETS
+
+
+@dataclass
+class Settings:
+    """Settings of one training run; names are those of the command line."""
+
+    steps: int = 0
+    """optimizer steps; 0 means: as many as `epochs` passes take"""
+    epochs: float = 50.0
+    """passes over the pictures, where `steps` is 0"""
+    batch: int = 8
+    """pictures in one forward pass"""
+    accumulate: int = 1
+    """forward passes in one optimizer step"""
+    lr: float = 1e-3
+    """learning rate of AdamW"""
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    """largest gradient norm; 0 for none"""
+    schedule: str = "constant"
+    """constant or cosine"""
+    warmup: int = 0
+    """steps over which the learning rate rises from 0"""
+    tune: str = "lora"
+    """lora, or full (all weights of the UNet)"""
+    rank: int = 8
+    alpha: float = 8.0
+    targets: str = "attention"
+    """attention, attention+ff, all, or suffixes of module names with commas between"""
+    text_encoder: bool = False
+    """adapt the text encoder too"""
+    flip: bool = False
+    """show mirrored pictures too"""
+    drop_caption: float = 0.0
+    """share of samples shown without their caption"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time"""
+    seed: int = 0
+    checkpoint_every: int = 500
+    """steps between checkpoints; the run resumes from the last one"""
+    sample_every: int = 0
+    """steps between rows of the sample grid; 0 for the first and last row only"""
+    sample_prompts: list[str] = field(default_factory=list)
+    """prompts of the sample grid; none, no grid"""
+    track: str = "none"
+    """none or tensorboard"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulate", "rank"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.steps < 0 or self.epochs <= 0:
+            raise InputError("--steps must not be negative and --epochs must be above 0")
+        if self.lr <= 0:
+            raise InputError(f"--lr {self.lr}: must be above 0")
+        if self.schedule not in ("constant", "cosine"):
+            raise InputError(f"--schedule {self.schedule}: choose constant or cosine")
+        if self.tune not in ("lora", "full"):
+            raise InputError(f"--tune {self.tune}: choose lora or full")
+        if self.track not in ("none", "tensorboard"):
+            raise InputError(f"--track {self.track}: choose none or tensorboard")
+        if not 0 <= self.drop_caption < 1:
+            raise InputError(f"--drop_caption {self.drop_caption}: must be in [0, 1)")
+
+    def target_modules(self) -> list[str]:
+        return list(TARGETS.get(self.targets) or [t.strip() for t in self.targets.split(",") if t.strip()])
+
+    def total_steps(self, pictures: int) -> int:
+        """Optimizer steps of the whole run over `pictures` pictures (repeats counted)."""
+        per_step = self.batch * self.accumulate
+        return self.steps or max(1, round(self.epochs * pictures / per_step))
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of optimizer step `step` (from 0) of `steps`."""
+        import math
+
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.lr
+        done = (step - self.warmup) / max(1, steps - self.warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,1 @@
+"""Membership inference: scores, attacks, controls, statistics."""

@@ -1,0 +1,155 @@
+"""Two ways to put a LoRA on a base: merged into swapped weights (any layout), or through PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffward.errors import InputError
+
+if TYPE_CHECKING:
+    from diffward.lora import LoraWeights
+
+# What `targets="attention"` and `"all"` mean, as suffixes of module names.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+CONVOLUTION = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+TARGETS = {
+    "attention": ATTENTION,
+    "attention+ff": ATTENTION + FEED_FORWARD,
+    "all": ATTENTION + FEED_FORWARD + CONVOLUTION,
+}
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+class Adapter(Protocol):
+    """Something that changes the base and can be switched."""
+
+    enabled: bool
+    touched: set[str]
+
+    def enable(self, on: bool) -> None: ...
+    def remove(self) -> None: ...
+
+
+class MergedAdapter:
+    """A LoRA whose change is computed once; on and off swap two weight tensors.
+
+    Exact for every layout (LoRA, LoHa, LoKr, DoRA) and as fast as the base. Costs one more copy of
+    the adapted weights.
+    """
+
+    def __init__(self, components: Mapping[str, nn.Module], weights: LoraWeights) -> None:
+        self.enabled = False
+        self.touched: set[str] = set()
+        self._pairs: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        for name, module in weights.modules.items():
+            prefix, path = name.split(".", 1)
+            parameter = components[prefix].get_submodule(path).weight
+            assert isinstance(parameter, nn.Parameter)
+            base = parameter.data
+            delta = module.delta(base.detach().cpu())
+            merged = (base.float() + delta.to(base.device).view(base.shape)).to(base.dtype)
+            if not torch.isfinite(merged).all():
+                raise InputError(f"{weights.source}: module {name} gives weights that are not finite")
+            self._pairs.append((parameter, base, merged))
+            self.touched.add(prefix)
+        self.enable(True)
+
+    def enable(self, on: bool) -> None:
+        for parameter, base, merged in self._pairs:
+            parameter.data = merged if on else base
+        self.enabled = on
+
+    def remove(self) -> None:
+        self.enable(False)
+        self._pairs.clear()
+
+
+class PeftAdapter:
+    """A trainable LoRA on the UNet, and on the text encoder if asked, named "default".
+
+    The order matters (model on its device, LoRA injected, then hooks and optimizer): see PEFT's
+    troubleshooting page and opacus #820.
+    """
+
+    def __init__(
+        self, components: Mapping[str, nn.Module], rank: int, alpha: float, targets: Sequence[str], init: Any
+    ) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        self.enabled = True
+        self.rank, self.alpha = rank, alpha
+        self.touched = set(components)
+        self._components = dict(components)
+        for prefix, component in self._components.items():
+            wanted = list(targets) if prefix == "unet" else list(TEXT_TARGETS)
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=wanted, init_lora_weights=init)
+            try:
+                inject_adapter_in_model(config, component, adapter_name="default")
+            except ValueError as error:
+                raise InputError(f"no module of the base's {prefix} matches the targets {wanted}") from error
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()
+
+    def layers(self) -> dict[str, Any]:
+        """PEFT's LoRA layers by canonical name (`unet.….to_q`)."""
+        from peft.tuners.lora import LoraLayer
+
+        return {
+            f"{prefix}.{name}": module
+            for prefix, component in self._components.items()
+            for name, module in component.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable factors, A and B of each layer in turn."""
+        return [
+            factor["default"].weight
+            for layer in self.layers().values()
+            for factor in (layer.lora_A, layer.lora_B)
+        ]
+
+    def weights(self) -> LoraWeights:
+        """The factors as they stand, on the CPU."""
+        from diffward.lora import LoraModule, LoraWeights
+
+        modules = {
+            name: LoraModule.of(
+                name,
+                layer.lora_A["default"].weight.detach().cpu().clone(),
+                layer.lora_B["default"].weight.detach().cpu().clone(),
+                self.alpha,
+            )
+            for name, layer in self.layers().items()
+        }
+        return LoraWeights(modules)
+
+    @torch.no_grad()
+    def load(self, weights: LoraWeights) -> None:
+        """Set the factors; names and shapes must be those of `weights()`."""
+        for name, layer in self.layers().items():
+            layer.lora_A["default"].weight.copy_(weights.modules[name].tensors["down"])
+            layer.lora_B["default"].weight.copy_(weights.modules[name].tensors["up"])
+
+    def enable(self, on: bool) -> None:
+        for layer in self.layers().values():
+            layer.enable_adapters(on)
+            # PEFT freezes what it disables; whether a factor trains is not the switch's business.
+            for factor in (layer.lora_A, layer.lora_B):
+                factor["default"].weight.requires_grad_(True)
+        self.enabled = on
+
+    def remove(self) -> None:
+        for name, layer in self.layers().items():
+            prefix, path = name.split(".", 1)
+            parent_path, _, leaf = path.rpartition(".")
+            parent = self._components[prefix].get_submodule(parent_path)
+            setattr(parent, leaf, layer.base_layer)
+        for component in self._components.values():
+            if hasattr(component, "peft_config"):
+                del component.peft_config

@@ -1,0 +1,73 @@
+"""Pictures and captions as a base sees them, encoded once and cached."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffward.data import FeatureCache, Pictures, cache_root
+
+if TYPE_CHECKING:
+    from diffward.models.denoiser import Denoiser
+
+
+@dataclass
+class Features:
+    """Latents (n, C, h, w) and captions of n pictures; conditioning by caption.
+
+    `conditioning(indices)` is what the frozen text encoder says of the captions of these pictures.
+    """
+
+    latents: Tensor
+    captions: list[str]
+    names: list[str]
+    _embeddings: Tensor
+    _caption_index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def conditioning(self, indices: Tensor) -> Tensor:
+        return self._embeddings[self._caption_index[indices]]
+
+
+def encode_pictures(
+    denoiser: Denoiser, pictures: Pictures, *, cache: bool = True, batch: int = 32, flip: bool = False
+) -> Features:
+    """Encode pictures and captions with a base, or take them from the cache on disk.
+
+    Keys are the picture's hash, the base's identity and the size; names never reach the cache.
+    With `flip` the mirrored pictures follow the upright ones.
+    """
+    root = cache_root() / "features" if cache else None
+    where = f"{denoiser.identity}-{denoiser.resolution}"
+
+    def latents(mirrored: bool) -> Tensor:
+        def compute(indices: list[int]) -> Tensor:
+            pixels = np.stack([pictures[i].load(denoiser.resolution) for i in indices])
+            return denoiser.encode(pixels[:, :, ::-1] if mirrored else pixels)
+
+        store = FeatureCache(root, f"latents-{where}{'-mirrored' if mirrored else ''}")
+        return store.get_or_compute(pictures.hashes, compute, batch)
+
+    encoded = torch.cat([latents(False), latents(True)]) if flip else latents(False)
+    captions = pictures.captions * (2 if flip else 1)
+    names = [p.name or p.path.name for p in pictures] * (2 if flip else 1)
+    embeddings, index = encode_captions(denoiser, captions, cache=cache)
+    return Features(encoded.to(denoiser.device), captions, names, embeddings, index)
+
+
+def encode_captions(denoiser: Denoiser, captions: list[str], *, cache: bool = True) -> tuple[Tensor, Tensor]:
+    """Embeddings (m, L, D) of the distinct captions, and the row (n,) of each caption."""
+    distinct = list(dict.fromkeys(captions))
+    rows = {caption: row for row, caption in enumerate(distinct)}
+    store = FeatureCache(cache_root() / "features" if cache else None, f"text-{denoiser.identity}")
+    keys = [hashlib.sha256(c.encode()).hexdigest() for c in distinct]
+    embeddings = store.get_or_compute(keys, lambda indices: denoiser.condition([distinct[i] for i in indices]), 64)
+    index = torch.tensor([rows[c] for c in captions], device=denoiser.device)
+    return embeddings.to(denoiser.device), index

@@ -1,0 +1,64 @@
+"""A resumable training stage: a step function called with its number, and a checkpoint beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffward.files import atomic_path
+
+
+def run_stage(
+    name: str,
+    steps: int,
+    step: Callable[[int], dict[str, float]],
+    state: dict[str, Any],
+    checkpoint: Path,
+    *,
+    every: int = 500,
+    on_log: Callable[[str], None] = print,
+) -> None:
+    """Call `step(0) … step(steps - 1)`, saving the `state_dict` of each object of `state`.
+
+    A step must draw all its randomness from its number: then a resumed stage gives the same weights
+    as an uninterrupted one.
+    """
+    start = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        for key, holder in state.items():
+            holder.load_state_dict(saved[key])
+        start = saved["step"]
+        on_log(f"{name}: resumed at step {start} of {steps}")
+    began, means, seen = time.monotonic(), {}, 0
+    for number in range(start, steps):
+        for key, value in step(number).items():
+            means[key] = means.get(key, 0.0) + value
+        seen += 1
+        if (number + 1) % 50 == 0 or number + 1 == steps:
+            pace = (time.monotonic() - began) / (number + 1 - start)
+            told = ", ".join(f"{k} {v / seen:.4f}" for k, v in means.items())
+            left = pace * (steps - number - 1) / 60
+            on_log(f"{name}: step {number + 1}/{steps}, {told}, {pace:.3f} s a step, {left:.0f} min left")
+            means, seen = {}, 0
+        if (number + 1) % every == 0 or number + 1 == steps:
+            with atomic_path(checkpoint) as temporary:
+                torch.save({"step": number + 1, **{k: v.state_dict() for k, v in state.items()}}, temporary)
+
+
+def cosine(step: int, steps: int, *, warmup: int = 100, floor: float = 0.02) -> float:
+    """Learning-rate factor: linear warm-up, then a cosine down to `floor`."""
+    import math
+
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

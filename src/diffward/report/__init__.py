@@ -1,0 +1,1 @@
+"""What an audit says: verdict rules, report.json, report.html, the gate."""

@@ -1,0 +1,169 @@
+"""The shape of report.json, `"schema": "diffward.report/1"`, and a check of it.
+
+`level` is null where `claim` is "refused": a control failed, so neither a leak nor its absence may
+be claimed. `overall.claim` is "partial" if some but not all questions were refused.
+"""
+
+# No `from __future__ import annotations`: it would hide NotRequired from __required_keys__.
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NotRequired, TypedDict
+
+SCHEMA = "diffward.report/1"
+QUESTIONS = ("metadata", "membership", "identity", "copies", "prompt", "dataset_size")
+
+Level = Literal["none_shown", "low", "medium", "high", "critical"]
+Claim = Literal["made", "partial", "refused"]
+
+LEVELS: tuple[Level, ...] = ("none_shown", "low", "medium", "high", "critical")
+
+
+class Subject(TypedDict):
+    """The audited file."""
+
+    path: str
+    sha256: str | None
+    format: str
+    base_family: str
+    rank: int | list[int] | None
+    modules: int
+    parameters: int
+
+
+class Leak(TypedDict):
+    """A header entry and what it tells; `category` as in `diffward.lora.leaks`."""
+
+    key: str
+    reveals: str
+    category: NotRequired[str]
+
+
+class Controls(TypedDict):
+    """AUC of the two controls and whether each is at chance; null = not run."""
+
+    base_model_auc: float | None
+    base_model_ok: bool | None
+    blind_auc: float | None
+    blind_ok: bool | None
+    base_model_reason: NotRequired[str]
+    blind_reason: NotRequired[str]
+
+
+class Attack(TypedDict):
+    """`membership.statistics.summarise` plus what the attack needs and its controls."""
+
+    auc: float
+    auc_ci95: list[float]
+    auc_signfree: float
+    auc_signfree_ci95: list[float]
+    tpr_at_fpr: dict[str, float | None]
+    tpr_at_fpr_ci95: dict[str, list[float] | None]
+    tpr_at_fpr_reason: dict[str, str]
+    n_members: int
+    n_non_members: int
+    access: str
+    queries_per_image: float
+    controls: Controls
+
+
+class Membership(TypedDict):
+    """`best` names the attack the verdict rests on; `per_image` the CSV beside the report."""
+
+    attacks: dict[str, Attack]
+    best: str
+    per_image: str | None
+
+
+class Question(TypedDict):
+    """One question about the file and its answer in plain words."""
+
+    id: str
+    level: Level | None
+    claim: Claim
+    statement: str
+    statistic: str | None
+    value: float | None
+    ci95: list[float] | None
+    control: str | None
+    evidence: list[str]
+    advice: list[str]
+
+
+class Overall(TypedDict):
+    """The worst question; `headline` is one sentence."""
+
+    level: Level | None
+    claim: Claim
+    headline: str
+
+
+class Report(TypedDict):
+    """report.json."""
+
+    schema: str
+    subject: Subject
+    overall: Overall
+    questions: list[Question]
+    leaks: list[Leak]
+    membership: Membership | None
+    provenance: dict[str, Any]
+
+
+def validate_report(report: Mapping[str, Any]) -> list[str]:
+    """Everything that is wrong with `report`; an empty list if it keeps the schema."""
+    found: list[str] = []
+    if report.get("schema") != SCHEMA:
+        found.append(f"schema is {report.get('schema')!r}, not {SCHEMA!r}")
+    for name, kind in (
+        ("subject", Mapping),
+        ("overall", Mapping),
+        ("questions", Sequence),
+        ("leaks", Sequence),
+        ("provenance", Mapping),
+    ):
+        if not isinstance(report.get(name), kind):
+            found.append(f"{name} is missing or of the wrong type")
+    if found:
+        return found
+    found += _missing("subject", report["subject"], Subject.__required_keys__)
+    found += _missing("overall", report["overall"], Overall.__required_keys__)
+    found += _level("overall", report["overall"])
+    for index, question in enumerate(report["questions"]):
+        where = f"questions[{index}]"
+        found += _missing(where, question, Question.__required_keys__) + _level(where, question)
+        if question.get("id") not in QUESTIONS:
+            found.append(f"{where}.id {question.get('id')!r} is not one of {', '.join(QUESTIONS)}")
+    for index, leak in enumerate(report["leaks"]):
+        found += _missing(f"leaks[{index}]", leak, Leak.__required_keys__)
+    if (membership := report.get("membership")) is not None:
+        found += _membership(membership)
+    return found
+
+
+def _membership(membership: Mapping[str, Any]) -> list[str]:
+    found = _missing("membership", membership, Membership.__required_keys__)
+    attacks = membership.get("attacks") or {}
+    if membership.get("best") not in attacks:
+        found.append(f"membership.best {membership.get('best')!r} is not an attack")
+    for name, attack in attacks.items():
+        where = f"membership.attacks.{name}"
+        found += _missing(where, attack, Attack.__required_keys__)
+        found += _missing(
+            f"{where}.controls", attack.get("controls") or {}, Controls.__required_keys__
+        )
+        value, (low, high) = attack.get("auc", 0.5), attack.get("auc_ci95", (0, 1))
+        if not 0 <= low <= value <= high <= 1:
+            found.append(f"{where}: {low} <= {value} <= {high} does not hold within 0 and 1")
+    return found
+
+
+def _missing(where: str, entry: Mapping[str, Any], keys: frozenset[str]) -> list[str]:
+    return [f"{where}.{key} is missing" for key in sorted(keys - set(entry))]
+
+
+def _level(where: str, entry: Mapping[str, Any]) -> list[str]:
+    level, claim = entry.get("level"), entry.get("claim")
+    if claim not in ("made", "partial", "refused"):
+        return [f"{where}.claim is {claim!r}"]
+    if claim == "refused":
+        return [] if level is None else [f"{where}.level must be null where the claim is refused"]
+    return [] if level in LEVELS else [f"{where}.level is {level!r}"]
