@@ -29,7 +29,9 @@ class Progress:
     def _tell(self, text: str) -> None:
         elapsed = time.monotonic() - self._began
         left = elapsed / max(1, self.done - self._first) * (self.total - self.done)
-        line = f"{self.label} {self.done}/{self.total}, {_clock(left)} left" + (f", {text}" if text else "")
+        line = f"{self.label} {self.done}/{self.total}, {_clock(left)} left" + (
+            f", {text}" if text else ""
+        )
         if self._live:
             sys.stderr.write("\r\x1b[K" + line)
         else:

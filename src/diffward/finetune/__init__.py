@@ -1,5 +1,6 @@
 """One training loop; a method is a step object in one file."""
 
+from diffward.finetune import plain as plain  # registers the method
 from diffward.finetune.loop import TrainResult as TrainResult
 from diffward.finetune.loop import train as train
 from diffward.finetune.method import METHODS as METHODS

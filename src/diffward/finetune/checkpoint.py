@@ -20,7 +20,11 @@ class Checkpoint:
     """Saves and restores trained parameters, optimizer state and losses. `path` None does nothing."""
 
     def __init__(
-        self, path: Path | None, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, run: dict[str, Any]
+        self,
+        path: Path | None,
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        run: dict[str, Any],
     ) -> None:
         self.path, self.parameters, self.optimizer, self.run = path, parameters, optimizer, run
 
@@ -48,7 +52,8 @@ class Checkpoint:
         hint = "choose another --out, or delete the file to start anew"
         try:
             state = torch.load(self.path, weights_only=True, map_location="cpu")
-            run, parameters = state["run"], state["parameters"]
+            run, parameters = dict(state["run"]), state["parameters"]
+            step, losses, moments = int(state["step"]), list(state["losses"]), state["optimizer"]
         except Exception as error:
             raise InputError(f"{self.path}: cannot be read as a checkpoint; {hint}") from error
         changed = sorted(k for k in self.run.keys() | run.keys() if self.run.get(k) != run.get(k))
@@ -57,5 +62,5 @@ class Checkpoint:
         with torch.no_grad():
             for parameter, value in zip(self.parameters, parameters, strict=True):
                 parameter.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"]), list(state["losses"])
+        self.optimizer.load_state_dict(moments)
+        return step, losses

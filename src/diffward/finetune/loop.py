@@ -60,7 +60,10 @@ def train(
     """
     from accelerate import Accelerator
 
-    order = [row for row, times in enumerate(repeats or [1] * len(features)) for _ in range(times)]
+    repeats = repeats or [1] * len(features)
+    order = [
+        row for row, times in zip(range(len(features)), repeats, strict=True) for _ in range(times)
+    ]
     total = settings.total_steps(len(order))
     parameters = _trainable(denoiser, settings)
     if settings.gradient_checkpointing:
@@ -71,16 +74,22 @@ def train(
         log_with=settings.track if settings.track != "none" else None,
         project_dir=str(checkpoint.parent) if checkpoint else None,
     )
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
-    saved = Checkpoint(checkpoint, parameters, optimizer, _fingerprint(settings, features, denoiser, total))
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True
+    )
+    run = _fingerprint(settings, features, denoiser, method, order, total)
+    saved = Checkpoint(checkpoint, parameters, optimizer, run)
     start, losses = saved.load()
     bare = denoiser.unet
     if accelerator.num_processes > 1:
         denoiser.unet, optimizer = accelerator.prepare(denoiser.unet, optimizer)
     if settings.track != "none":
         accelerator.init_trackers("logs")
-    draw = Sampler(denoiser, features, settings, order, accelerator.process_index, accelerator.num_processes)
+    draw = Sampler(
+        denoiser, features, settings, order, accelerator.process_index, accelerator.num_processes
+    )
     on_step = on_step or (lambda step: None)
+    whole = True
     try:
         with progress("train", total, start) as bar:
             if start == 0:
@@ -97,11 +106,14 @@ def train(
                     value += float(loss.detach().mean()) / settings.accumulate
                 if settings.clip:
                     accelerator.clip_grad_norm_(parameters, settings.clip)
+                # Stopped between here and the new loss, a step is half made and must not be saved.
+                whole = False
                 optimizer.step()
+                losses.append(value)
+                whole = True
                 optimizer.zero_grad(set_to_none=True)
                 if step == 0 and settings.tune == "lora":
                     _check_moved(parameters)
-                losses.append(value)
                 if settings.track != "none":
                     accelerator.log({"loss": value, "lr": settings.rate(step, total)}, step=step)
                 bar.advance(f"loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
@@ -109,7 +121,8 @@ def train(
                     saved.save(step + 1, losses)
                 on_step(step + 1)
     except KeyboardInterrupt:
-        saved.save(len(losses), losses)
+        if whole:
+            saved.save(len(losses), losses)
         raise
     finally:
         denoiser.unet = bare
@@ -128,7 +141,13 @@ class Sampler:
     """Draws the batch of a step: pictures in a fresh order each epoch, uniform t, normal noise."""
 
     def __init__(
-        self, denoiser: Denoiser, features: Features, settings: Settings, order: list[int], rank: int, world: int
+        self,
+        denoiser: Denoiser,
+        features: Features,
+        settings: Settings,
+        order: list[int],
+        rank: int,
+        world: int,
     ) -> None:
         self.denoiser, self.features, self.settings = denoiser, features, settings
         self.order, self.rank, self.world = torch.tensor(order), rank, world
@@ -179,7 +198,10 @@ def _trainable(denoiser: Denoiser, settings: Settings) -> list[nn.Parameter]:
     with torch.random.fork_rng():
         torch.manual_seed(_seed(settings.seed, 0, 1 << 21, 0))
         adapter = denoiser.inject(
-            settings.rank, settings.alpha, settings.target_modules(), text_encoder=settings.text_encoder
+            settings.rank,
+            settings.alpha,
+            settings.target_modules(),
+            text_encoder=settings.text_encoder,
         )
     return adapter.parameters()
 
@@ -188,7 +210,9 @@ def _seed(seed: int, a: int, b: int, c: int) -> int:
     """One seed from several numbers (a splitmix-like hash: neighbours must not be alike)."""
     value = seed & (2**63 - 1)
     for part in (a, b, c):
-        value = (value ^ (part + 0x9E3779B97F4A7C15 + (value << 6) + (value >> 2))) * 0xBF58476D1CE4E5B9
+        value = (
+            value ^ (part + 0x9E3779B97F4A7C15 + (value << 6) + (value >> 2))
+        ) * 0xBF58476D1CE4E5B9
         value &= 2**63 - 1
     return value
 
@@ -196,7 +220,11 @@ def _seed(seed: int, a: int, b: int, c: int) -> int:
 def _check_finite(loss: Tensor, step: int, batch: Batch, features: Features) -> None:
     if torch.isfinite(loss).all():
         return
-    bad = [features.names[int(r)] for r, v in zip(batch.rows, loss.detach(), strict=True) if not math.isfinite(v)]
+    bad = [
+        features.names[int(r)]
+        for r, v in zip(batch.rows, loss.detach(), strict=True)
+        if not math.isfinite(v)
+    ]
     raise TrainingError(
         f"step {step}: the loss is not finite for {', '.join(bad)}; lower --lr, or look at these pictures"
     )
@@ -207,12 +235,31 @@ def _check_moved(parameters: list[nn.Parameter]) -> None:
         raise TrainingError("step 0: lora_B did not move; the adapter is not being trained")
 
 
-def _fingerprint(settings: Settings, features: Features, denoiser: Denoiser, total: int) -> dict[str, Any]:
+def _fingerprint(
+    settings: Settings,
+    features: Features,
+    denoiser: Denoiser,
+    method: Method,
+    order: list[int],
+    total: int,
+) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
     import hashlib
     from dataclasses import asdict
 
-    told = {k: v for k, v in asdict(settings).items() if k not in ("checkpoint_every", "sample_every", "sample_prompts", "track")}
+    told = {
+        k: v
+        for k, v in asdict(settings).items()
+        if k not in ("checkpoint_every", "sample_every", "sample_prompts", "track")
+    }
     data = hashlib.sha256(features.latents.float().cpu().numpy().tobytes())
     data.update("\0".join(features.captions).encode())
-    return {**told, "total": total, "data": data.hexdigest(), "base": denoiser.identity}
+    data.update(str(order).encode())
+    return {
+        **told,
+        "total": total,
+        "data": data.hexdigest(),
+        "base": denoiser.unet_identity,
+        "precision": str(denoiser.compute_dtype),
+        "method": type(method).__name__,
+    }

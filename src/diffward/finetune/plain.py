@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 
 
 @METHODS.register(
-    "plain", paper="Ho et al. 2020; LoRA: Hu et al. 2022", access="-", cost="1 forward and backward a step"
+    "plain",
+    paper="Ho et al. 2020; LoRA: Hu et al. 2022",
+    access="-",
+    cost="1 forward and backward a step",
 )
 class Plain:
     """Plain fine-tuning, no protection: L = ||prediction - target||^2, averaged over a latent."""
 
     def loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:
-        return denoiser.errors(batch.latents, batch.t, batch.eps, batch.conditioning).mean(dim=(1, 2, 3))
+        return denoiser.errors(batch.latents, batch.t, batch.eps, batch.conditioning).mean(
+            dim=(1, 2, 3)
+        )

@@ -54,12 +54,12 @@ class Settings:
     """none or tensorboard"""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "accumulate", "rank"):
+        for name in ("batch", "accumulate", "rank", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.steps < 0 or self.epochs <= 0:
+        if self.steps < 0 or not self.epochs > 0:
             raise InputError("--steps must not be negative and --epochs must be above 0")
-        if self.lr <= 0:
+        if not self.lr > 0:
             raise InputError(f"--lr {self.lr}: must be above 0")
         if self.schedule not in ("constant", "cosine"):
             raise InputError(f"--schedule {self.schedule}: choose constant or cosine")
@@ -71,7 +71,9 @@ class Settings:
             raise InputError(f"--drop_caption {self.drop_caption}: must be in [0, 1)")
 
     def target_modules(self) -> list[str]:
-        return list(TARGETS.get(self.targets) or [t.strip() for t in self.targets.split(",") if t.strip()])
+        return list(
+            TARGETS.get(self.targets) or [t.strip() for t in self.targets.split(",") if t.strip()]
+        )
 
     def total_steps(self, pictures: int) -> int:
         """Optimizer steps of the whole run over `pictures` pictures (repeats counted)."""

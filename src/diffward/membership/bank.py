@@ -117,7 +117,9 @@ def build_bank(
             tables.append(store.get_or_compute(keys, compute, max(chunk, 16)))
     errors = torch.stack(tables)[:, None].double().numpy()
     if not np.isfinite(errors).all():
-        raise InputError("the model's errors are not finite with this adapter: the file is broken, or for another base")
+        raise InputError(
+            "the model's errors are not finite with this adapter: the file is broken, or for another base"
+        )
     return Bank(errors, (ON, OFF), ("caption",), pairs.t.numpy(), denoiser.evaluations - before)
 
 

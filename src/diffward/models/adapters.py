@@ -54,7 +54,9 @@ class MergedAdapter:
             delta = module.delta(base.detach().cpu())
             merged = (base.float() + delta.to(base.device).view(base.shape)).to(base.dtype)
             if not torch.isfinite(merged).all():
-                raise InputError(f"{weights.source}: module {name} gives weights that are not finite")
+                raise InputError(
+                    f"{weights.source}: module {name} gives weights that are not finite"
+                )
             self._pairs.append((parameter, base, merged))
             self.touched.add(prefix)
         self.enable(True)
@@ -77,7 +79,12 @@ class PeftAdapter:
     """
 
     def __init__(
-        self, components: Mapping[str, nn.Module], rank: int, alpha: float, targets: Sequence[str], init: Any
+        self,
+        components: Mapping[str, nn.Module],
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        init: Any,
     ) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -87,11 +94,15 @@ class PeftAdapter:
         self._components = dict(components)
         for prefix, component in self._components.items():
             wanted = list(targets) if prefix == "unet" else list(TEXT_TARGETS)
-            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=wanted, init_lora_weights=init)
+            config = LoraConfig(
+                r=rank, lora_alpha=alpha, target_modules=wanted, init_lora_weights=init
+            )
             try:
                 inject_adapter_in_model(config, component, adapter_name="default")
             except ValueError as error:
-                raise InputError(f"no module of the base's {prefix} matches the targets {wanted}") from error
+                raise InputError(
+                    f"no module of the base's {prefix} matches the targets {wanted}"
+                ) from error
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
 

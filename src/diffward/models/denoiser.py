@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,7 +51,9 @@ class Denoiser:
         self.schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.prediction_type: str = self.schedule.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise InputError(f"base {name}: prediction type {self.prediction_type!r} is not supported")
+            raise InputError(
+                f"base {name}: prediction type {self.prediction_type!r} is not supported"
+            )
         self.alphas_cumprod = self.schedule.alphas_cumprod.to(self.device)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.resolution = resolution or int(self.unet.config.sample_size) * self.factor
@@ -59,7 +62,8 @@ class Denoiser:
         self.latent_shape = (self.unet.config.in_channels, *[self.resolution // self.factor] * 2)
         self.evaluations = 0
         self._adapter: Adapter | None = None
-        vocabulary = "\n".join(self.tokenizer.get_vocab())
+        # By number: the order of the dictionary changes from process to process.
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
         self._identity = _digest([self.vae, self.text_encoder], f"{self._scaling}{vocabulary}")
 
     # --- the verbs -----------------------------------------------------------------------------
@@ -81,7 +85,9 @@ class Denoiser:
         for start in range(0, len(latents), batch):
             z = latents[start : start + batch].to(self.device, self.vae.dtype) / self._scaling
             x = self.vae.decode(z).sample.float().clamp(-1, 1)
-            parts.append(((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+            parts.append(
+                ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            )
         return np.concatenate(parts)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
@@ -101,7 +107,10 @@ class Denoiser:
     def condition(self, captions: Sequence[str], batch: int = 64) -> Tensor:
         """Captions to conditioning (n, L, D), float32."""
         captions = list(captions)
-        parts = [self.embed(self.tokenize(captions[i : i + batch])) for i in range(0, len(captions), batch)]
+        parts = [
+            self.embed(self.tokenize(captions[i : i + batch]))
+            for i in range(0, len(captions), batch)
+        ]
         return torch.cat(parts)
 
     def noise(self, latents: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -147,7 +156,15 @@ class Denoiser:
         self.detach()
         self._adapter = MergedAdapter(self.components(), weights.resolve(self.module_shapes()))
 
-    def inject(self, rank: int, alpha: float, targets: Sequence[str], *, text_encoder: bool, init: Any = True) -> PeftAdapter:
+    def inject(
+        self,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        *,
+        text_encoder: bool,
+        init: Any = True,
+    ) -> PeftAdapter:
         """Put a new, trainable LoRA on the base, through PEFT."""
         self.detach()
         components = self.components() if text_encoder else {"unet": self.unet}
@@ -182,6 +199,15 @@ class Denoiser:
         """Whether the adapter changes the text encoder: then conditioning differs with it on and off."""
         return self._adapter is not None and "text_encoder" in self._adapter.touched
 
+    def save_pipeline(self, folder: Path) -> None:
+        """Write the base as it now is (after full fine-tuning) as a diffusers folder."""
+        from diffusers import StableDiffusionPipeline
+
+        StableDiffusionPipeline(
+            vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
+            scheduler=self.sampler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        ).save_pretrained(folder)  # fmt: skip
+
     # --- help ----------------------------------------------------------------------------------
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -196,9 +222,10 @@ class Denoiser:
 
     @cached_property
     def unet_identity(self) -> str:
-        """Hash of the untouched base, the UNet included."""
+        """Hash of the untouched base, the UNet and the noise schedule included."""
+        schedule = self.alphas_cumprod.cpu().numpy().tobytes().hex()
         with self.adapter(False) if self._adapter else contextlib.nullcontext():
-            return _digest([self.unet], self._identity)
+            return _digest([self.unet], f"{self._identity}{self.prediction_type}{schedule}")
 
     @property
     def _scaling(self) -> float:
@@ -206,7 +233,9 @@ class Denoiser:
 
     def _levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped (n, 1, 1, 1)."""
-        abar = self.alphas_cumprod.to(like.device)[t.to(like.device)].to(like.dtype).view(-1, 1, 1, 1)
+        abar = (
+            self.alphas_cumprod.to(like.device)[t.to(like.device)].to(like.dtype).view(-1, 1, 1, 1)
+        )
         return abar.sqrt(), (1 - abar).sqrt()
 
 
@@ -221,5 +250,7 @@ def _digest(components: Sequence[torch.nn.Module], salt: str) -> str:
             stride = max(1, flat.numel() // 512)
             digest.update(f"{name.replace('.base_layer', '')}{tuple(parameter.shape)}".encode())
             digest.update(flat[::stride].float().cpu().numpy().tobytes())
-            digest.update(np.float64(flat.double().sum().item()).tobytes())
+            # A sum of bits as integers: one of floats would depend on the order, so on the device.
+            bits = flat.float().view(torch.int32).sum(dtype=torch.int64)
+            digest.update(np.int64(bits.item()).tobytes())
     return digest.hexdigest()[:16]

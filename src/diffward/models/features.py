@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,7 +38,12 @@ class Features:
 
 
 def encode_pictures(
-    denoiser: Denoiser, pictures: Pictures, *, cache: bool = True, batch: int = 32, flip: bool = False
+    denoiser: Denoiser,
+    pictures: Pictures,
+    *,
+    cache: bool = True,
+    batch: int = 32,
+    flip: bool = False,
 ) -> Features:
     """Encode pictures and captions with a base, or take them from the cache on disk.
 
@@ -62,12 +68,20 @@ def encode_pictures(
     return Features(encoded.to(denoiser.device), captions, names, embeddings, index)
 
 
-def encode_captions(denoiser: Denoiser, captions: list[str], *, cache: bool = True) -> tuple[Tensor, Tensor]:
+def encode_captions(
+    denoiser: Denoiser, captions: list[str], *, cache: bool = True
+) -> tuple[Tensor, Tensor]:
     """Embeddings (m, L, D) of the distinct captions, and the row (n,) of each caption."""
     distinct = list(dict.fromkeys(captions))
     rows = {caption: row for row, caption in enumerate(distinct)}
-    store = FeatureCache(cache_root() / "features" if cache else None, f"text-{denoiser.identity}")
+    where = f"text-{denoiser.identity}-{denoiser.compute_dtype}"
+    store = FeatureCache(cache_root() / "features" if cache else None, where)
     keys = [hashlib.sha256(c.encode()).hexdigest() for c in distinct]
-    embeddings = store.get_or_compute(keys, lambda indices: denoiser.condition([distinct[i] for i in indices]), 64)
+
+    def compute(indices: list[int]) -> Tensor:
+        with denoiser.adapter(False) if denoiser.adapts_text else contextlib.nullcontext():
+            return denoiser.condition([distinct[i] for i in indices])
+
+    embeddings = store.get_or_compute(keys, compute, 64)
     index = torch.tensor([rows[c] for c in captions], device=denoiser.device)
     return embeddings.to(denoiser.device), index

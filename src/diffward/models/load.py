@@ -69,7 +69,11 @@ def _load_pipeline(base: str, config: str | Path | None) -> Any:
 
     path = Path(base)
     # fp32 for every part: a folder saved in half precision otherwise loads with mixed types.
-    options: dict[str, Any] = {"torch_dtype": torch.float32, "safety_checker": None, "requires_safety_checker": False}
+    options: dict[str, Any] = {
+        "torch_dtype": torch.float32,
+        "safety_checker": None,
+        "requires_safety_checker": False,
+    }
     if base == EMBEDDED:
         from diffward.models.mini import PIPELINE
 
@@ -90,13 +94,17 @@ def _from_folder(folder: Path, options: dict[str, Any]) -> Any:
 
     index = folder / "model_index.json"
     if not index.is_file():
-        raise InputError(f"base {folder}: no model_index.json in it; give the folder of a diffusers pipeline")
+        raise InputError(
+            f"base {folder}: no model_index.json in it; give the folder of a diffusers pipeline"
+        )
     try:
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError) as error:
         raise InputError(f"base {folder}: model_index.json is not readable as JSON") from error
     if kind not in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
-        raise InputError(f"base {folder}: is a {kind}; supported are Stable Diffusion 1.x and 2.x pipelines")
+        raise InputError(
+            f"base {folder}: is a {kind}; supported are Stable Diffusion 1.x and 2.x pipelines"
+        )
     try:
         return StableDiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:
@@ -107,14 +115,22 @@ def _from_checkpoint(path: Path, config: str | Path | None, options: dict[str, A
     from diffusers import StableDiffusionPipeline
 
     if path.suffix not in CHECKPOINTS:
-        raise InputError(f"base {path}: not a checkpoint ({', '.join(CHECKPOINTS)}) and not a folder")
+        raise InputError(
+            f"base {path}: not a checkpoint ({', '.join(CHECKPOINTS)}) and not a folder"
+        )
     extra = {"config": str(config), "local_files_only": True} if config else {}
     try:
         # diffusers reads pickled checkpoints with weights_only=True.
         return StableDiffusionPipeline.from_single_file(str(path), **extra, **options)
     except Exception as error:
-        hint = "" if config else "; without a network, --base-config names a diffusers folder of the same family"
-        raise InputError(f"base {path}: cannot be loaded as a checkpoint ({_one_line(error)}){hint}") from error
+        hint = (
+            ""
+            if config
+            else "; without a network, --base-config names a diffusers folder of the same family"
+        )
+        raise InputError(
+            f"base {path}: cannot be loaded as a checkpoint ({_one_line(error)}){hint}"
+        ) from error
 
 
 def _from_hub(base: str, options: dict[str, Any]) -> Any:
@@ -135,8 +151,14 @@ def _check_kind(pipeline: Any, base: str) -> None:
     unet = getattr(pipeline, "unet", None)
     if unet is None or pipeline.text_encoder is None or pipeline.tokenizer is None:
         raise InputError(f"base {base}: lacks a UNet, text encoder or tokenizer")
+    if unet.config.addition_embed_type is not None:
+        raise InputError(
+            f"base {base}: is an SDXL model; supported are Stable Diffusion 1.x and 2.x"
+        )
     if unet.config.in_channels != unet.config.out_channels:
-        raise InputError(f"base {base}: is an inpainting or upscaling model ({unet.config.in_channels} input channels)")
+        raise InputError(
+            f"base {base}: is an inpainting or upscaling model ({unet.config.in_channels} input channels)"
+        )
 
 
 def _one_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -31,20 +32,26 @@ def sample(
     for start in range(0, len(captions), batch):
         texts = list(captions[start : start + batch])
         conditioning = torch.cat([null.expand(len(texts), -1, -1), denoiser.condition(texts)])
-        latents = torch.stack([_noise(denoiser, seed, start + i) for i in range(len(texts))]).to(denoiser.device)
+        generators = [_generator(seed, start + i) for i in range(len(texts))]
+        latents = torch.stack([torch.randn(denoiser.latent_shape, generator=g) for g in generators])
         scheduler = type(denoiser.sampler).from_config(denoiser.sampler.config)
         scheduler.set_timesteps(steps, device=denoiser.device)
-        latents = latents * scheduler.init_noise_sigma
+        latents = latents.to(denoiser.device) * scheduler.init_noise_sigma
+        # Schedulers that add noise on the way would draw it from the global generator.
+        own = (
+            {"generator": generators}
+            if "generator" in inspect.signature(scheduler.step).parameters
+            else {}
+        )
         for t in scheduler.timesteps:
             double = scheduler.scale_model_input(torch.cat([latents, latents]), t)
             times = t.to(denoiser.device).expand(len(double))
             without, with_text = denoiser.predict(double, times, conditioning).chunk(2)
             guided = without + guidance * (with_text - without)
-            latents = scheduler.step(guided, t, latents).prev_sample
+            latents = scheduler.step(guided, t, latents, **own).prev_sample
         pictures.append(denoiser.decode(latents))
     return np.concatenate(pictures)
 
 
-def _noise(denoiser: Denoiser, seed: int, index: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
-    return torch.randn(denoiser.latent_shape, generator=generator)
+def _generator(seed: int, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)

@@ -44,15 +44,17 @@ def write_index(
     cards: Sequence[Card],
     out: str | Path,
     outro: Sequence[str] = (),
+    images: Sequence[ImageGroup] = (),
 ) -> Path:
     """Write the page to the file `out`: verdict, AUC with interval, numbers, image grids, links.
 
-    `intro` and `outro` are paragraphs of plain text. Raises InputError for links or pictures that
+    `intro` and `outro` are paragraphs of plain text; `images` are grids that belong to all cards. Raises InputError for links or pictures that
     are neither relative paths nor embedded bitmaps: the page loads nothing from outside its folder.
     """
     views = [_view(card) for card in cards]
     page = environment().get_template("index.html.j2")
-    write_text(out, page.render(title=title, intro=intro, cards=views, outro=outro))
+    grids = [_group(group) for group in images]
+    write_text(out, page.render(title=title, intro=intro, cards=views, outro=outro, images=grids))
     return Path(out)
 
 
@@ -60,10 +62,6 @@ def _view(card: Card) -> dict[str, Any]:
     report = card["report"]
     membership = report["membership"]
     question = next((q for q in report["questions"] if q["id"] == "membership"), None)
-    images = [
-        {**group, "pictures": [{**p, "src": _local(p["src"])} for p in group["pictures"]]}
-        for group in card.get("images", ())
-    ]
     return {
         "name": card["name"],
         "subtitle": card.get("subtitle", ""),
@@ -72,9 +70,13 @@ def _view(card: Card) -> dict[str, Any]:
         "attack": membership["best"] if membership else None,
         "figures": membership["attacks"][membership["best"]] if membership else None,
         "numbers": card.get("numbers", ()),
-        "images": images,
+        "images": [_group(group) for group in card.get("images", ())],
         "link": _local(card["report_path"]),
     }
+
+
+def _group(group: ImageGroup) -> dict[str, Any]:
+    return {**group, "pictures": [{**p, "src": _local(p["src"])} for p in group["pictures"]]}
 
 
 def _local(source: str) -> str:

@@ -130,7 +130,7 @@ def phrase(name: str, index: int) -> str:
             return "no glasses"
         case "cheeks", "freckled":
             return "freckles"
-        case ("beard" | "expression"), _:
+        case (("beard" | "expression"), _):
             return value
         case "hair_colour", _:
             return f"{value} hair"
@@ -143,7 +143,12 @@ def phrase(name: str, index: int) -> str:
 
 
 def caption(
-    domain: str, attributes: Attributes, rng: np.random.Generator, *, mention: float = 0.75, name: str | None = None
+    domain: str,
+    attributes: Attributes,
+    rng: np.random.Generator,
+    *,
+    mention: float = 0.75,
+    name: str | None = None,
 ) -> str:
     """Say a picture in words, each attribute with probability `mention`, in random order.
 
@@ -156,7 +161,11 @@ def caption(
     """
     said = {k: v for k, v in attributes.items() if k in DOMAINS[domain] and rng.random() < mention}
     if domain == "portrait":
-        parts = [phrase(k, v) for k, v in said.items() if k not in ("hair_colour", "hair_style", "background")]
+        parts = [
+            phrase(k, v)
+            for k, v in said.items()
+            if k not in ("hair_colour", "hair_style", "background")
+        ]
         colour = [word("hair_colour", said["hair_colour"])] if "hair_colour" in said else []
         style = [word("hair_style", said["hair_style"])] if "hair_style" in said else []
         if colour or style:
@@ -174,4 +183,6 @@ def caption(
     words = [word(k, said[k]) for k in ("pattern", "garment_colour") if k in said]
     kind = word("garment", said["garment"]) if "garment" in said else "garment"
     text = " ".join(["a picture of a", *words, kind])
-    return text + (f", {word('backdrop', said['backdrop'])} background" if "backdrop" in said else "")
+    return text + (
+        f", {word('backdrop', said['backdrop'])} background" if "backdrop" in said else ""
+    )

@@ -40,8 +40,8 @@ def new_autoencoder() -> AutoencoderKL:
     with torch.no_grad():
         for name, module in vae.named_modules():
             if isinstance(module, torch.nn.Conv2d) and name.endswith("conv2"):
-                module.weight.zero_()
-                module.bias.zero_()
+                for parameter in module.parameters():
+                    parameter.zero_()
             elif isinstance(module, torch.nn.Conv2d) and not name.endswith("conv1"):
                 usual = module.weight.clone()
                 torch.nn.init.dirac_(module.weight).add_(usual, alpha=0.5)
@@ -71,11 +71,16 @@ def textures(n: int, generator: torch.Generator) -> torch.Tensor:
         field = torch.randn(n, 3, cells, cells, generator=generator)
         grey = torch.randn(n, 1, cells, cells, generator=generator)
         strength = torch.rand(n, 1, 1, 1, generator=generator) * (2.0 / cells) ** 0.6
-        total += F.interpolate(0.4 * field + grey, world.SIZE, mode="bilinear", align_corners=False) * strength
+        total += (
+            F.interpolate(0.4 * field + grey, world.SIZE, mode="bilinear", align_corners=False)
+            * strength
+        )
     return total.clamp(-1, 1)
 
 
-def train_autoencoder(work: Path, seed: int, *, steps: int, batch: int, pictures: int) -> AutoencoderKL:
+def train_autoencoder(
+    work: Path, seed: int, *, steps: int, batch: int, pictures: int
+) -> AutoencoderKL:
     """Train, or resume; returns the autoencoder with `scaling_factor` set to 1 / std of its latents."""
     torch.manual_seed(seed)
     vae = new_autoencoder()
@@ -94,11 +99,15 @@ def train_autoencoder(work: Path, seed: int, *, steps: int, batch: int, pictures
         x[flip] = x[flip].flip(3)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
-            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+            z = posterior.mean + posterior.std * torch.randn(
+                posterior.mean.shape, generator=generator
+            )
             y = vae.decode(z).sample
         y = y.float()
         error = (y - x).abs().mean()
-        edges = (y.diff(dim=2) - x.diff(dim=2)).abs().mean() + (y.diff(dim=3) - x.diff(dim=3)).abs().mean()
+        edges = (y.diff(dim=2) - x.diff(dim=2)).abs().mean() + (
+            y.diff(dim=3) - x.diff(dim=3)
+        ).abs().mean()
         kl = posterior.kl().float().mean() / z[0].numel()
         loss = error + _EDGE_WEIGHT * edges + _KL_WEIGHT * kl
         optimizer.zero_grad(set_to_none=True)
@@ -114,5 +123,7 @@ def train_autoencoder(work: Path, seed: int, *, steps: int, batch: int, pictures
         z = vae.encode(fresh).latent_dist.mean
         mse = ((vae.decode(z).sample.clamp(-1, 1) - fresh) ** 2).mean(dim=(1, 2, 3)) / 4
     vae.register_to_config(scaling_factor=float(1 / z.std()))
-    print(f"autoencoder: {-10 * mse.log10().mean():.2f} dB on 512 fresh pictures, scaling factor {vae.config.scaling_factor:.4f}")
+    print(
+        f"autoencoder: {-10 * mse.log10().mean():.2f} dB on 512 fresh pictures, scaling factor {vae.config.scaling_factor:.4f}"
+    )
     return vae.eval()

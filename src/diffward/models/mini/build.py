@@ -16,17 +16,23 @@ from diffward.models.mini import PIPELINE, READER
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and caches")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for checkpoints and caches"
+    )
     parser.add_argument("--out", type=Path, default=PIPELINE, help="folder of the pipeline")
     parser.add_argument("--reader", type=Path, default=READER, help="file of the attribute network")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prediction", default="epsilon", choices=["epsilon", "v_prediction"])
-    parser.add_argument("--pictures", type=int, default=48000, help="how many the base is trained on")
+    parser.add_argument(
+        "--pictures", type=int, default=48000, help="how many the base is trained on"
+    )
     parser.add_argument("--vae-steps", type=int, default=4500)
-    parser.add_argument("--unet-steps", type=int, default=9000)
+    parser.add_argument("--unet-steps", type=int, default=6500)
     parser.add_argument("--reader-steps", type=int, default=2500)
-    parser.add_argument("--only", choices=["autoencoder", "diffusion", "reader"], help="stop after this stage")
+    parser.add_argument(
+        "--only", choices=["autoencoder", "diffusion", "reader"], help="stop after this stage"
+    )
     args = parser.parse_args()
     build(**vars(args))
 
@@ -53,7 +59,15 @@ def build(
     tokenizer = build_tokenizer(work / "tokenizer", seed)
     latents, tokens = encode_world(vae, tokenizer, seed, pictures, work / "latents.pt")
     unet, text_encoder = train_diffusion(
-        latents, tokens, tokenizer, work, seed, steps=unet_steps, batch=32, device=device, prediction_type=prediction
+        latents,
+        tokens,
+        tokenizer,
+        work,
+        seed,
+        steps=unet_steps,
+        batch=32,
+        device=device,
+        prediction_type=prediction,
     )
     save_pipeline(vae, unet, text_encoder, tokenizer, prediction, out)
 

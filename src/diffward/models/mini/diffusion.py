@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffward.files import atomic_path
 from diffward.models.mini import world
 from diffward.models.mini.autoencoder import LATENT_CHANNELS, to_tensor
-from diffward.models.mini.stage import cosine, run_stage, set_rate
+from diffward.models.mini.stage import run_stage, set_rate, trapezoid
 from diffward.models.mini.vocabulary import MAX_LENGTH
 
 SCHEDULE: dict[str, Any] = {
@@ -71,7 +71,9 @@ def encode_world(
         drawings = [training_picture(seed, i) for i in range(start, min(start + 256, pictures))]
         captions += [d.caption for d in drawings]
         with torch.inference_mode():
-            latents.append(vae.encode(to_tensor(np.stack([d.pixels for d in drawings]))).latent_dist.mean)
+            latents.append(
+                vae.encode(to_tensor(np.stack([d.pixels for d in drawings]))).latent_dist.mean
+            )
         if start % 8192 == 0:
             print(f"encode: {start}/{pictures}")
     stacked = (torch.cat(latents) * vae.config.scaling_factor).clone()
@@ -94,7 +96,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 class Average:
     """Exponential moving average of parameters (foreach), which is what samples are drawn with."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: list[torch.Tensor], decay: float) -> None:
         self.decay, self.live = decay, parameters
         self.shadow = [p.detach().clone() for p in parameters]
 
@@ -130,7 +132,9 @@ def train_diffusion(
     unet, text_encoder = new_unet().to(device), new_text_encoder(tokenizer).to(device)
     scheduler = DDPMScheduler(**SCHEDULE, prediction_type=prediction_type)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.99), foreach=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.99), foreach=True
+    )
     average = Average(parameters, 0.9995)
     empty = tokenize(tokenizer, [""])[0]
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
@@ -138,7 +142,7 @@ def train_diffusion(
     latents, tokens, weight = latents.to(device), tokens.to(device), weight.to(device)
 
     def step(number: int) -> dict[str, float]:
-        set_rate(optimizer, 1e-3 * cosine(number, steps, warmup=300))
+        set_rate(optimizer, 1e-3 * trapezoid(number, steps))
         g = torch.Generator().manual_seed(seed * 1_000_003 + number)
         index = torch.randint(len(latents), (batch,), generator=g).to(device)
         z, ids = latents[index], tokens[index].clone()

@@ -36,7 +36,11 @@ class Pen:
         self.pose()
 
     def pose(
-        self, turn: float = 0.0, scale: float = 1.0, shift: Point = (0.0, 0.0), centre: Point = (0.5, 0.5)
+        self,
+        turn: float = 0.0,
+        scale: float = 1.0,
+        shift: Point = (0.0, 0.0),
+        centre: Point = (0.5, 0.5),
     ) -> None:
         """Everything drawn from now on is turned (radians) and scaled about `centre`, then shifted."""
         cos, sin = math.cos(turn) * scale, math.sin(turn) * scale
@@ -57,11 +61,16 @@ class Pen:
 
     def ring(self, x: float, y: float, rx: float, ry: float, width: float, fill: Colour) -> None:
         points = self._place(_CIRCLE * (rx, ry) + (x, y))
-        self._draw.line([*points, points[0], points[1]], fill=fill, width=self._width(width), joint="curve")
+        self._draw.line(
+            [*points, points[0], points[1]], fill=fill, width=self._width(width), joint="curve"
+        )
 
     def line(self, points: Sequence[Point], width: float, fill: Colour) -> None:
         self._draw.line(
-            self._place(np.asarray(points, dtype=float)), fill=fill, width=self._width(width), joint="curve"
+            self._place(np.asarray(points, dtype=float)),
+            fill=fill,
+            width=self._width(width),
+            joint="curve",
         )
 
     def rectangle(self, x0: float, y0: float, x1: float, y1: float, fill: Colour) -> None:

@@ -66,7 +66,16 @@ def _backdrop(pen: Pen, ground: Colour, rng: np.random.Generator) -> None:
 
 def _body(pen: Pen, cloth: Colour, skin: Colour, rng: np.random.Generator) -> None:
     pen.rectangle(0.42, 0.68, 0.58, 0.9, shade(skin, 0.82))
-    shoulders = [(0.08, 1.25), (0.14, 0.93), (0.3, 0.85), (0.42, 0.83), (0.58, 0.83), (0.7, 0.85), (0.86, 0.93), (0.92, 1.25)]
+    shoulders = [
+        (0.08, 1.25),
+        (0.14, 0.93),
+        (0.3, 0.85),
+        (0.42, 0.83),
+        (0.58, 0.83),
+        (0.7, 0.85),
+        (0.86, 0.93),
+        (0.92, 1.25),
+    ]
     pen.polygon(shoulders, cloth)
     match int(rng.integers(3)):
         case 0:
@@ -129,19 +138,42 @@ def _beard(pen: Pen, beard: str, face: str, rx: float, ry: float, hair: Colour) 
              (0.5 - side * 0.5, bottom + 0.02), (0.5 - side * 0.88, bottom - 0.08)],
             hair,
         )  # fmt: skip
-        pen.ellipse(0.5, 0.65, 0.085, 0.038, shade(hair, 1.0) if sum(hair) > 330 else shade(hair, 1.5))
+        pen.ellipse(
+            0.5, 0.65, 0.085, 0.038, shade(hair, 1.0) if sum(hair) > 330 else shade(hair, 1.5)
+        )
     elif beard == "moustache":
-        pen.polygon([(0.5, 0.585), (0.6, 0.605), (0.63, 0.64), (0.5, 0.622), (0.37, 0.64), (0.4, 0.605)], hair)
+        pen.polygon(
+            [(0.5, 0.585), (0.6, 0.605), (0.63, 0.64), (0.5, 0.622), (0.37, 0.64), (0.4, 0.605)],
+            hair,
+        )
     elif beard == "goatee":
-        pen.polygon([(0.43, 0.69), (0.57, 0.69), (0.56, bottom), (0.5, bottom + 0.05), (0.44, bottom)], hair)
+        pen.polygon(
+            [(0.43, 0.69), (0.57, 0.69), (0.56, bottom), (0.5, bottom + 0.05), (0.44, bottom)], hair
+        )
 
 
 def _hair_behind(pen: Pen, style: str, hair: Colour, rx: float) -> None:
     if style == "long":
-        pen.polygon([(0.5 - rx - 0.07, 0.42), (0.5 + rx + 0.07, 0.42), (0.5 + rx + 0.1, 0.98), (0.5 - rx - 0.1, 0.98)], shade(hair, 0.86))
+        pen.polygon(
+            [
+                (0.5 - rx - 0.07, 0.42),
+                (0.5 + rx + 0.07, 0.42),
+                (0.5 + rx + 0.1, 0.98),
+                (0.5 - rx - 0.1, 0.98),
+            ],
+            shade(hair, 0.86),
+        )
         pen.ellipse(0.5, 0.4, rx + 0.07, 0.24, hair)
     elif style == "bob":
-        pen.polygon([(0.5 - rx - 0.06, 0.4), (0.5 + rx + 0.06, 0.4), (0.5 + rx + 0.1, 0.7), (0.5 - rx - 0.1, 0.7)], shade(hair, 0.86))
+        pen.polygon(
+            [
+                (0.5 - rx - 0.06, 0.4),
+                (0.5 + rx + 0.06, 0.4),
+                (0.5 + rx + 0.1, 0.7),
+                (0.5 - rx - 0.1, 0.7),
+            ],
+            shade(hair, 0.86),
+        )
         pen.ellipse(0.5, 0.4, rx + 0.06, 0.24, hair)
     elif style == "curly":
         for a in np.linspace(0.05, np.pi - 0.05, 9):
@@ -153,10 +185,23 @@ def _hair_behind(pen: Pen, style: str, hair: Colour, rx: float) -> None:
 def _hair_front(pen: Pen, style: str, hair: Colour, rx: float, ry: float) -> None:
     top = 0.5 - ry
     if style == "mohawk":
-        pen.polygon([(0.435, top + 0.1), (0.43, top - 0.05), (0.46, top - 0.14), (0.54, top - 0.14), (0.57, top - 0.05), (0.565, top + 0.1)], hair)
+        pen.polygon(
+            [
+                (0.435, top + 0.1),
+                (0.43, top - 0.05),
+                (0.46, top - 0.14),
+                (0.54, top - 0.14),
+                (0.57, top - 0.05),
+                (0.565, top + 0.1),
+            ],
+            hair,
+        )
         return
     cap = [(0.5 - rx - 0.015, 0.45)]
-    cap += [(0.5 + np.cos(a) * (rx + 0.02), top + 0.21 - np.sin(a) * 0.24) for a in np.linspace(np.pi, 0, 14)]
+    cap += [
+        (0.5 + np.cos(a) * (rx + 0.02), top + 0.21 - np.sin(a) * 0.24)
+        for a in np.linspace(np.pi, 0, 14)
+    ]
     cap += [(0.5 + rx + 0.015, 0.45), (0.5 + rx * 0.8, 0.375)]
     fringe = {
         "short": [(0.62, 0.36), (0.5, 0.335), (0.38, 0.36)],
@@ -176,7 +221,14 @@ def _glasses(pen: Pen, glasses: str) -> None:
         if glasses == "round":
             pen.ring(x, 0.475, 0.088, 0.088, 0.024, _LINE)
         else:
-            box = [(x - 0.09, 0.405), (x + 0.09, 0.405), (x + 0.09, 0.545), (x - 0.09, 0.545), (x - 0.09, 0.405), (x, 0.405)]
+            box = [
+                (x - 0.09, 0.405),
+                (x + 0.09, 0.405),
+                (x + 0.09, 0.545),
+                (x - 0.09, 0.545),
+                (x - 0.09, 0.405),
+                (x, 0.405),
+            ]
             pen.line(box, 0.026, _LINE)
     pen.line([(0.475, 0.47), (0.525, 0.47)], 0.024, _LINE)
 

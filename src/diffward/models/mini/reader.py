@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffward.models.mini import READER, world
-from diffward.models.mini.attributes import ATTRIBUTES, DOMAINS, IDENTITY, Person
+from diffward.models.mini.attributes import ATTRIBUTES, DOMAINS, Person
 from diffward.models.mini.autoencoder import to_tensor
 from diffward.models.mini.stage import cosine, run_stage, set_rate
 
@@ -27,10 +28,25 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for channels, into, stride in ((3, 32, 2), (32, 64, 2), (64, 96, 1), (96, 128, 2), (128, 128, 1)):
+        for channels, into, stride in (
+            (3, 32, 2),
+            (32, 64, 2),
+            (64, 96, 1),
+            (96, 128, 2),
+            (128, 128, 1),
+        ):
             layers += [nn.Conv2d(channels, into, 3, stride, 1), nn.GroupNorm(8, into), nn.SiLU()]
-        self.body = nn.Sequential(*layers, nn.Conv2d(128, 24, 1), nn.SiLU(), nn.Flatten(), nn.Linear(24 * 64, 192), nn.SiLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(192, len(values)) for name, values in ATTRIBUTES.items()})
+        self.body = nn.Sequential(
+            *layers,
+            nn.Conv2d(128, 24, 1),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(24 * 64, 192),
+            nn.SiLU(),
+        )
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(192, len(values)) for name, values in ATTRIBUTES.items()}
+        )
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """pixels: (n, 3, 64, 64) in [-1, 1]. Returns the logits (n, values) of each attribute."""
@@ -49,8 +65,12 @@ class Reader(nn.Module):
     def matches(self, pixels: np.ndarray, person: Person) -> np.ndarray:
         """Whether each picture (n,) is a portrait that shows `person`."""
         seen = self.read(pixels)
-        differs = sum((seen[name] != value).astype(int) for name, value in person.attributes().items())
-        return (seen["domain"] == list(DOMAINS).index("portrait")) & (differs <= ALLOWED_DIFFERENCES)
+        differs = sum(
+            (seen[name] != value).astype(int) for name, value in person.attributes().items()
+        )
+        return (seen["domain"] == list(DOMAINS).index("portrait")) & (
+            differs <= ALLOWED_DIFFERENCES
+        )
 
 
 @lru_cache(maxsize=1)
@@ -64,7 +84,9 @@ def save_reader(reader: Reader, path: Path) -> None:
     save_file({k: v.contiguous() for k, v in reader.state_dict().items()}, path)
 
 
-def train_reader(vae: nn.Module, work: Path, seed: int, *, steps: int, batch: int = 64, pictures: int = 16000) -> Reader:
+def train_reader(
+    vae: Any, work: Path, seed: int, *, steps: int, batch: int = 64, pictures: int = 16000
+) -> Reader:
     """Train, or resume. Half of the pictures pass through the autoencoder, as generated ones do."""
     torch.manual_seed(seed)
     reader = Reader()
@@ -84,11 +106,16 @@ def train_reader(vae: nn.Module, work: Path, seed: int, *, steps: int, batch: in
         g = torch.Generator().manual_seed(seed * 1_000_003 + number)
         index = torch.randint(pictures, (batch,), generator=g)
         # Slight noise, shift and brightness, so that generated pictures are no surprise.
-        seen = x[index] + 0.06 * torch.rand(batch, 1, 1, 1, generator=g) * torch.randn(x[index].shape, generator=g)
+        seen = x[index] + 0.06 * torch.rand(batch, 1, 1, 1, generator=g) * torch.randn(
+            x[index].shape, generator=g
+        )
         seen = seen * (1 + 0.1 * (torch.rand(batch, 1, 1, 1, generator=g) - 0.5))
         dy, dx = (int(v) for v in torch.randint(-2, 3, (2,), generator=g))
         seen = F.pad(seen, (2, 2, 2, 2), mode="replicate")[:, :, 2 + dy : 66 + dy, 2 + dx : 66 + dx]
-        losses = [F.cross_entropy(o, labels[name][index], ignore_index=-1) for name, o in reader(seen).items()]
+        losses = [
+            F.cross_entropy(o, labels[name][index], ignore_index=-1)
+            for name, o in reader(seen).items()
+        ]
         loss = torch.stack([v for v in losses if v.isfinite()]).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -105,6 +132,3 @@ def labels_of(drawings: list[world.Drawing]) -> dict[str, Tensor]:
     rows = [{"domain": domains.index(d.domain), **d.attributes} for d in drawings]
     return {name: torch.tensor([row.get(name, -1) for row in rows]) for name in ATTRIBUTES}
 
-
-def identity_names() -> list[str]:
-    return list(IDENTITY)

@@ -34,7 +34,8 @@ def run_stage(
             holder.load_state_dict(saved[key])
         start = saved["step"]
         on_log(f"{name}: resumed at step {start} of {steps}")
-    began, means, seen = time.monotonic(), {}, 0
+    began, seen = time.monotonic(), 0
+    means: dict[str, float] = {}
     for number in range(start, steps):
         for key, value in step(number).items():
             means[key] = means.get(key, 0.0) + value
@@ -43,11 +44,15 @@ def run_stage(
             pace = (time.monotonic() - began) / (number + 1 - start)
             told = ", ".join(f"{k} {v / seen:.4f}" for k, v in means.items())
             left = pace * (steps - number - 1) / 60
-            on_log(f"{name}: step {number + 1}/{steps}, {told}, {pace:.3f} s a step, {left:.0f} min left")
+            on_log(
+                f"{name}: step {number + 1}/{steps}, {told}, {pace:.3f} s a step, {left:.0f} min left"
+            )
             means, seen = {}, 0
         if (number + 1) % every == 0 or number + 1 == steps:
             with atomic_path(checkpoint) as temporary:
-                torch.save({"step": number + 1, **{k: v.state_dict() for k, v in state.items()}}, temporary)
+                torch.save(
+                    {"step": number + 1, **{k: v.state_dict() for k, v in state.items()}}, temporary
+                )
 
 
 def cosine(step: int, steps: int, *, warmup: int = 100, floor: float = 0.02) -> float:
@@ -56,7 +61,17 @@ def cosine(step: int, steps: int, *, warmup: int = 100, floor: float = 0.02) -> 
 
     if step < warmup:
         return (step + 1) / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return floor + (1 - floor) * 0.5 * (
+        1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    )
+
+
+def trapezoid(step: int, steps: int, *, warmup: int = 300, decay: float = 0.3) -> float:
+    """Learning-rate factor: linear warm-up, constant, and linear down over the last `decay` of it.
+
+    Until the decay begins a run can still be made longer or shorter and resumed exactly.
+    """
+    return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

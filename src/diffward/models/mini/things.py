@@ -28,7 +28,13 @@ def draw_logo(attributes: Attributes, rng: np.random.Generator, size: int = 64) 
     _mark(pen, word("shape", attributes["shape"]), 1.0, colour, ground)
     if rng.random() < 0.5:
         y = rng.uniform(0.86, 0.9)
-        pen.rectangle(0.5 - rng.uniform(0.12, 0.3), y, 0.5 + rng.uniform(0.12, 0.3), y + 0.05, shade(colour, 0.7))
+        pen.rectangle(
+            0.5 - rng.uniform(0.12, 0.3),
+            y,
+            0.5 + rng.uniform(0.12, 0.3),
+            y + 0.05,
+            shade(colour, 0.7),
+        )
     return pen.pixels()
 
 
@@ -38,7 +44,10 @@ def _mark(pen: Pen, shape: str, grow: float, colour: Colour, ground: Colour) -> 
     def star(n: int, inner: float) -> list[Point]:
         radii = [r * 1.1 if k % 2 == 0 else r * inner for k in range(2 * n)]
         angles = [math.pi * (k / n - 0.5) for k in range(2 * n)]
-        return [(0.5 + q * math.cos(a), 0.48 + q * math.sin(a)) for q, a in zip(radii, angles, strict=True)]
+        return [
+            (0.5 + q * math.cos(a), 0.48 + q * math.sin(a))
+            for q, a in zip(radii, angles, strict=True)
+        ]
 
     match shape:
         case "circle":
@@ -46,7 +55,14 @@ def _mark(pen: Pen, shape: str, grow: float, colour: Colour, ground: Colour) -> 
         case "square":
             pen.rectangle(0.5 - r * 0.9, 0.48 - r * 0.9, 0.5 + r * 0.9, 0.48 + r * 0.9, colour)
         case "triangle":
-            pen.polygon([(0.5, 0.46 - r * 1.05), (0.5 + r * 1.1, 0.48 + r * 0.85), (0.5 - r * 1.1, 0.48 + r * 0.85)], colour)
+            pen.polygon(
+                [
+                    (0.5, 0.46 - r * 1.05),
+                    (0.5 + r * 1.1, 0.48 + r * 0.85),
+                    (0.5 - r * 1.1, 0.48 + r * 0.85),
+                ],
+                colour,
+            )
         case "star":
             pen.polygon(star(5, 0.48), colour)
         case "ring":
@@ -97,9 +113,17 @@ def draw_garment(attributes: Attributes, rng: np.random.Generator, size: int = 6
                 cloth.ellipse(i * 0.12 + 0.06 * (j % 2), j * 0.11, 0.034, 0.034, contrast)
     pen.image.paste(cloth.image, (0, 0), stencil.image.convert("L"))
     if value["garment"] == "coat":
-        pen.line([(0.5, 0.2), (0.5, 0.92)], 0.024, shade(colour, 0.4) if sum(colour) > 250 else (150, 150, 156))
+        pen.line(
+            [(0.5, 0.2), (0.5, 0.92)],
+            0.024,
+            shade(colour, 0.4) if sum(colour) > 250 else (150, 150, 156),
+        )
     if value["garment"] == "hat":
-        pen.line([(0.285, 0.56), (0.5, 0.6), (0.715, 0.56)], 0.05, shade(colour, 0.4) if sum(colour) > 250 else (150, 150, 156))
+        pen.line(
+            [(0.285, 0.56), (0.5, 0.6), (0.715, 0.56)],
+            0.05,
+            shade(colour, 0.4) if sum(colour) > 250 else (150, 150, 156),
+        )
     return pen.pixels()
 
 
@@ -111,17 +135,30 @@ def restyle(pixels: np.ndarray, style: str) -> np.ndarray:
             return pixels
         case "neon":
             edges = _edges(image)
-            vivid = np.asarray(ImageOps.autocontrast(image.filter(ImageFilter.MaxFilter(3)))).astype(float)
+            vivid = np.asarray(
+                ImageOps.autocontrast(image.filter(ImageFilter.MaxFilter(3)))
+            ).astype(float)
             vivid = vivid / np.maximum(vivid.max(axis=2, keepdims=True), 1)
-            glow = np.asarray(Image.fromarray((edges * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(2))) / 255
+            glow = (
+                np.asarray(
+                    Image.fromarray((edges * 255).astype(np.uint8)).filter(
+                        ImageFilter.GaussianBlur(2)
+                    )
+                )
+                / 255
+            )
             light = np.clip(edges + 0.9 * glow, 0, 1)[..., None]
-            return np.clip(np.array([14, 8, 34]) + light * (60 + vivid * 195), 0, 255).astype(np.uint8)
+            return np.clip(np.array([14, 8, 34]) + light * (60 + vivid * 195), 0, 255).astype(
+                np.uint8
+            )
         case "sketch":
             grey = np.asarray(image.convert("L")) / 255
             y, x = np.mgrid[0 : pixels.shape[0], 0 : pixels.shape[1]]
             hatch = ((x + y) % 4 < 1) * (grey < 0.55) * 0.45
             ink = np.clip(_edges(image) * 1.2 + hatch, 0, 1)[..., None]
-            return (np.array([250, 246, 232]) * (1 - ink) + np.array([40, 40, 60]) * ink).astype(np.uint8)
+            return (np.array([250, 246, 232]) * (1 - ink) + np.array([40, 40, 60]) * ink).astype(
+                np.uint8
+            )
         case "mosaic":
             small = image.resize((16, 16), Image.Resampling.BOX)
             big = np.array(small.resize(image.size, Image.Resampling.NEAREST))

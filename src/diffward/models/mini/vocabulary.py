@@ -55,10 +55,18 @@ def learn_merges(texts: list[str], count: int) -> list[tuple[str, str]]:
 
 def build_tokenizer(folder: Path, seed: int, captions: int = 4000) -> CLIPTokenizer:
     """Learn the merges from `captions` captions and save the tokenizer in `folder`."""
-    merges = learn_merges([world.sample([seed, 4, i]).caption for i in range(captions)] + [_EVERYDAY] * 50, _MERGES)
+    merges = learn_merges(
+        [world.sample([seed, 4, i]).caption for i in range(captions)] + [_EVERYDAY] * 50, _MERGES
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
-    tokens = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), _START, _END]
+    tokens = [
+        *alphabet,
+        *(a + "</w>" for a in alphabet),
+        *("".join(m) for m in merges),
+        _START,
+        _END,
+    ]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
     tokenizer.save_pretrained(folder)

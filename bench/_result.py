@@ -1,0 +1,82 @@
+"""Writes a table: `results/NAME.json` (schema diffward.bench/1) and a Markdown table beside it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffward.files import write_json, write_text
+from diffward.provenance import hardware, versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(
+    name: str, rows: Sequence[Mapping[str, Any]], *, seeds: Sequence[int] = (), notes: Sequence[str] = (),
+    quick: bool = False, device: str = "cpu",
+) -> None:  # fmt: skip
+    """Print the table and, unless `quick`, write it to `bench/results`."""
+    table = markdown(rows)
+    print(f"\n{name}\n{table}")
+    if quick:
+        return
+    data = {
+        "schema": "diffward.bench/1",
+        "name": name,
+        "command": f"diffward bench {name}",
+        "commit": _commit(),
+        "machine": {**hardware(device), "cpu": _cpu()},
+        "versions": versions(),
+        "seeds": list(seeds),
+        "notes": list(notes),
+        "rows": list(rows),
+    }
+    write_json(RESULTS / f"{name}.json", data)
+    lines = [
+        f"# {name}",
+        "",
+        f"`{data['command']}`, commit {data['commit']}, {_cpu()}, {os.cpu_count()} cores.",
+        "",
+    ]
+    write_text(
+        RESULTS / f"{name}.md", "\n".join([*lines, table, "", *(f"- {n}" for n in notes), ""])
+    )
+    print(f"wrote {RESULTS / name}.json")
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    keys = list(dict.fromkeys(k for row in rows for k in row))
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    return "\n".join(
+        [*lines, *("| " + " | ".join(_cell(row.get(k)) for k in keys) + " |" for row in rows)]
+    )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return " to ".join(_cell(v) for v in value)
+    return "" if value is None else str(value)
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "src"], capture_output=True, text=True, check=False
+    )
+    return (done.stdout.strip() or "none") + ("+" if dirty.stdout.strip() else "")
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return "unknown processor"

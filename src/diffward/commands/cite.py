@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+
+def cite() -> None:
+    """The papers behind what diffward does."""
+    from diffward.finetune import METHODS
+    from diffward.membership.evaluate import ATTACKS
+
+    for registry in (ATTACKS, METHODS):
+        for entry in registry:
+            print(f"{registry.role} {entry.name}: {entry.paper}")
+    print("blind control: Das, Zhang and Tramer 2024 (arXiv 2406.16201)")
+    print("AUC intervals: Newcombe 2006, method 5; DeLong et al. 1988; stratified bootstrap")

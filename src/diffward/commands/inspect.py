@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+
+def inspect(file: str, json: bool = False, full: bool = False) -> None:
+    """What the file itself gives away: header, format, ranks, spectrum. No base, no GPU, seconds.
+
+    Args:
+        file: a LoRA file or folder.
+        json: print JSON.
+        full: measure the norm and spectrum of every module, however large the file.
+    """
+    from diffward.lora import inspect_lora
+
+    inspection = inspect_lora(file, full)
+    if json:
+        from json import dumps
+
+        print(dumps(inspection.to_dict(), indent=2))
+        return
+    from diffward.report.terminal import show_inspection
+
+    show_inspection(inspection)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+
+def split(
+    data: str,
+    out: str = "split.json",
+    members: int | None = None,
+    non_members: int | None = None,
+    member_share: float = 0.5,
+    seed: int = 0,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    limit: int | None = None,
+) -> None:
+    """Divide pictures at random into members and non-members, near-duplicates on one side.
+
+    Train on the members (`diffward train --split`), audit with both: only a random split of one
+    source makes an honest audit.
+
+    Args:
+        data: folder of pictures, or a hub dataset id.
+        out: the manifest to write (hashes of files, no names).
+        members: how many pictures to train on.
+        non_members: how many to hold out.
+        member_share: share of members, where no number is given.
+        limit: use only so many of the pictures.
+    """
+    from diffward.data import load_pictures, random_split
+
+    pictures = load_pictures(
+        data, image_column=image_column, caption_column=caption_column, limit=limit
+    )
+    print(f"pictures: {pictures.layout}")
+    for path, why in pictures.skipped:
+        print(f"skipped {path}: {why}")
+    manifest = random_split(
+        pictures, n_members=members, n_non_members=non_members, member_share=member_share, seed=seed
+    )
+    manifest.save(out)
+    print(f"wrote {out}: {len(manifest.members)} members, {len(manifest.non_members)} non-members")
