@@ -1,14 +1,15 @@
 """A plain LoRA training step: ours, and a loop that encodes pictures and captions in every step.
 
-The other loop does what diffusers' `train_text_to_image_lora.py` does in a step, without its
-data loader: its pictures lie decoded in memory. Same model, pictures, targets, rank and batch.
+The other loop does what diffusers' `train_text_to_image_lora.py` does in a step: it reads the
+pictures from disk, resizes, encodes, trains. A second, kinder form of it (`memory`) keeps its pictures
+decoded. Same model, pictures, targets, rank and batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import resource
+import itertools
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ SEED = 0
 BATCH, RANK, LR = 8, 8, 1e-3
 PICTURES = 16
 SD15 = "sd15 architecture"
+ON_DISK = 256  # side of the pictures on disk, pixels
 SD15_RESOLUTION = 128  # 16x16 latents: at 512 pixels a step of 8 takes minutes on two cores
 
 
@@ -39,10 +41,12 @@ def run(quick: bool = False) -> None:
         rows.append(compare(SD15, rounds=3, steps=2) | peaks(SD15, 1))
     record("train-step", rows, seeds=[SEED], quick=quick, notes=[
         "ours: diffward.finetune.train on cached latents and embeddings; loop: VAE, tokenizer and text encoder "
-        "in every step, pictures already decoded; both through PEFT, AdamW, gradient clipping",
+        "in every step, pictures of 256 pixels read from disk in every step as diffusers' example does; memory: the "
+        "same loop with its pictures already decoded and resized; all through PEFT, AdamW, gradient clipping",
         "seconds of a step: rounds of some steps in turns in one process, medians; the first step of a round is "
         "not counted; encode_s: what ours pays once, for all pictures",
-        "megabytes: peak resident memory of a process that does one of the two, from start to end",
+        "megabytes: peak resident memory of a process that does one of the two, from start to end, or only loads "
+        "the model and the pictures",
         "sd15 architecture: random weights, full size, fp32",
     ])  # fmt: skip
 
@@ -50,12 +54,15 @@ def run(quick: bool = False) -> None:
 def compare(base: str, rounds: int, steps: int) -> dict[str, Any]:
     with _prepared(base) as (denoiser, pictures):
         ours = _ours(denoiser, pictures)
-        loop = Loop(denoiser, pictures)
+        loop, memory = Loop(denoiser, pictures), Loop(denoiser, pictures, decoded=True)
         ours(1)
         loop(1)  # allocators and kernels warm
         encode = clocked(lambda: _features(denoiser, pictures))
-        ours_s, loop_s = interleaved(
-            rounds, lambda: median(ours(1 + steps)[1:]), lambda: median(loop(1 + steps)[1:])
+        ours_s, loop_s, memory_s = interleaved(
+            rounds,
+            lambda: median(ours(1 + steps)[1:]),
+            lambda: median(loop(1 + steps)[1:]),
+            lambda: median(memory(1 + steps)[1:]),
         )
     return {
         "base": base if base == SD15 else base_name(base),
@@ -66,6 +73,8 @@ def compare(base: str, rounds: int, steps: int) -> dict[str, Any]:
         "ours_s": median(ours_s),
         "loop_s": median(loop_s),
         "ratio": median(b / a for a, b in zip(ours_s, loop_s, strict=True)),
+        "memory_s": median(memory_s),
+        "ratio_memory": median(b / a for a, b in zip(ours_s, memory_s, strict=True)),
         "encode_s": encode,
     }
 
@@ -74,23 +83,29 @@ def peaks(base: str, runs: int) -> dict[str, float]:
     """Peak memory (MB) of each way in a process of its own."""
 
     def peak(way: str) -> float:
-        # The process tells it itself: Linux counts in what its starter had, `measure` takes care.
         return measure([sys.executable, "-m", "bench.train_step", way, base]).peak_mb
 
     ours, loop = interleaved(runs, lambda: peak("ours"), lambda: peak("loop"))
-    return {"ours_mb": median(ours), "loop_mb": median(loop)}
+    return {"ours_mb": median(ours), "loop_mb": median(loop), "neither_mb": peak("neither")}
 
 
 class Loop:
     """The straightforward way. Called with a number of steps, gives the seconds of each."""
 
-    def __init__(self, denoiser: Denoiser, pictures: Pictures) -> None:
+    def __init__(self, denoiser: Denoiser, pictures: Pictures, decoded: bool = False) -> None:
+        self.base, self.pictures, self.captions = denoiser, pictures, pictures.captions
+        self.decoded = pictures.pixels(denoiser.resolution) if decoded else None
+
+    def read(self, rows: list[int]) -> Any:
+        """Pixels (n, 3, H, W) in [-1, 1]."""
+        import numpy as np
         import torch
 
-        self.base = denoiser
-        pixels = torch.from_numpy(pictures.pixels(denoiser.resolution))
-        self.pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        self.captions = pictures.captions
+        if self.decoded is None:
+            pixels = np.stack([self.pictures[i].load(self.base.resolution) for i in rows])
+        else:
+            pixels = self.decoded[rows]
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def __call__(self, steps: int) -> list[float]:
         import torch
@@ -109,9 +124,9 @@ class Loop:
         seconds = []
         for _ in range(steps):
             began = time.monotonic()
-            rows = torch.randperm(len(self.pixels))[:BATCH]
+            rows = torch.randperm(len(self.captions))[:BATCH].tolist()
             with torch.no_grad():
-                posterior = base.vae.encode(self.pixels[rows].to(base.device)).latent_dist
+                posterior = base.vae.encode(self.read(rows).to(base.device)).latent_dist
                 latents = posterior.sample() * scaling
                 ids = base.tokenizer(
                     [self.captions[i] for i in rows], padding="max_length", truncation=True,
@@ -150,7 +165,7 @@ def _ours(denoiser: Denoiser, pictures: Pictures) -> Callable[[int], list[float]
             denoiser, features, Plain(), settings, on_step=lambda _: stamps.append(time.monotonic())
         )
         denoiser.detach()
-        return [b - a for a, b in zip(stamps, stamps[1:])]
+        return [b - a for a, b in itertools.pairwise(stamps)]
 
     return steps
 
@@ -174,20 +189,20 @@ def _prepared(base: str) -> Iterator[tuple[Denoiser, Pictures]]:
     else:
         denoiser = load_base(base, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        draw_folder(Path(folder), PICTURES, [SEED, 7], size=denoiser.resolution)
+        draw_folder(Path(folder), PICTURES, [SEED, 7], size=ON_DISK)
         yield denoiser, load_pictures(folder)
 
 
 def _alone() -> None:
     """One of the two in a process of its own, for `peaks`."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices=["ours", "loop"])
+    parser.add_argument("way", choices=["ours", "loop", "neither"])
     parser.add_argument("base")
     args = parser.parse_args()
     with _prepared(args.base) as (denoiser, pictures):
-        way = _ours(denoiser, pictures) if args.way == "ours" else Loop(denoiser, pictures)
-        seconds = way(3)
-    print(f"{median(seconds):.3f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss} KB")
+        if args.way != "neither":
+            way = _ours(denoiser, pictures) if args.way == "ours" else Loop(denoiser, pictures)
+            way(2 if args.base == SD15 else 10)
 
 
 if __name__ == "__main__":

@@ -125,9 +125,10 @@ def test_errors_are_those_of_single_pictures(tiny_denoiser, prediction):
             )
 
 
-def test_encode_is_the_scaled_mean_of_the_posterior(denoiser):
+def test_encode_is_the_scaled_mean_of_the_posterior(denoiser, monkeypatch):
+    monkeypatch.setattr(type(denoiser), "vae_batch", 2)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
-    latents = denoiser.encode(pixels, batch=2)
+    latents = denoiser.encode(pixels)
     assert latents.shape == (3, *denoiser.latent_shape) == (3, 4, 8, 8)
     x = torch.stack(
         [torch.tensor(p.astype(np.float32) / 255 * 2 - 1).permute(2, 0, 1) for p in pixels]
@@ -139,11 +140,12 @@ def test_encode_is_the_scaled_mean_of_the_posterior(denoiser):
     torch.testing.assert_close(mirrored, denoiser.encode(pixels[:, :, ::-1].copy()))
 
 
-def test_decode_is_what_diffusers_shows(denoiser):
+def test_decode_is_what_diffusers_shows(denoiser, monkeypatch):
+    monkeypatch.setattr(type(denoiser), "vae_batch", 2)
     from diffusers.image_processor import VaeImageProcessor
 
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    pixels = denoiser.decode(latents, batch=2)
+    pixels = denoiser.decode(latents)
     assert pixels.shape == (3, 16, 16, 3) and pixels.dtype == np.uint8
     with torch.no_grad():
         shown = VaeImageProcessor().postprocess(denoiser.vae.decode(latents / 0.3).sample, "pil")
@@ -349,3 +351,10 @@ def test_identity_is_the_same_in_another_process(base_folder):
         [sys.executable, "-c", script, str(base_folder)], capture_output=True, text=True, check=True
     )
     assert there.stdout.split()[-1] == here
+
+
+def test_batches_shrink_as_pictures_grow(denoiser, monkeypatch):
+    assert (denoiser.vae_batch, denoiser.unet_batch) == (64, 64)
+    monkeypatch.setattr(denoiser, "resolution", 512)
+    monkeypatch.setattr(denoiser, "latent_shape", (4, 64, 64))
+    assert (denoiser.vae_batch, denoiser.unet_batch) == (2, 16)

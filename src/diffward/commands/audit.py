@@ -11,7 +11,7 @@ def audit(
     out: str = "runs/audit",
     fail_above: str | None = None,
     pairs: int = 16,
-    batch: int = 64,
+    batch: int | None = None,
     seed: int = 0,
     image_column: str | None = None,
     caption_column: str | None = None,
@@ -38,6 +38,7 @@ def audit(
         split: manifest of `diffward split`, or OUT/split.json of `diffward train --holdout`.
         fail_above: exit with 1 above this: auc=0.6, tpr@0.05=0.2 or level=medium.
         pairs: noise draws a picture; more are slower and surer.
+        batch: samples in one pass; by default what fits the size.
         thumbnails: put small copies of the pictures into the page; leave off for pages you pass on.
         cache: keep scores on disk: an interrupted audit goes on where it stopped.
     """

@@ -16,7 +16,9 @@ def bench(name: str, quick: bool = False) -> None:
 
     folder = Path("bench")
     known = sorted(
-        p.stem.replace("_", "-") for p in folder.glob("*.py") if not p.stem.startswith("_")
+        p.stem.replace("_", "-")
+        for p in folder.glob("[a-z]*.py")
+        if "\ndef run(" in p.read_text(encoding="utf-8")
     )
     if name not in known:
         hint = f"known: {', '.join(known)}" if known else "run it in a checkout of the repository"

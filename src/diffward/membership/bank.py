@@ -85,7 +85,7 @@ def build_bank(
     pairs: Pairs,
     *,
     adapter_id: str | None = None,
-    batch: int = 64,
+    batch: int | None = None,
 ) -> Bank:
     """Errors of every picture under its caption, adapter on and off.
 
@@ -93,12 +93,13 @@ def build_bank(
         hashes: of the pictures, in the order of `features`.
         adapter_id: hash of the adapter's file: errors are then cached on disk, so that an
             interrupted audit goes on and the base's errors serve every LoRA. None keeps nothing.
-        batch: denoiser inputs in one forward pass.
+        batch: denoiser inputs in one forward pass; what fits the size by default.
 
     Raises:
         InputError: errors are not finite (a broken adapter).
     """
     before = denoiser.evaluations
+    batch = batch or denoiser.unet_batch
     keys = [_key(h, c) for h, c in zip(hashes, features.captions, strict=True)]
     pair_id = f"{denoiser.unet_identity}-{denoiser.resolution}-{len(pairs)}-{pairs.seed}-{denoiser.compute_dtype}"
     on_text = None

@@ -69,19 +69,19 @@ class Denoiser:
     # --- the verbs -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, pixels: np.ndarray, batch: int = 32) -> Tensor:
+    def encode(self, pixels: np.ndarray) -> Tensor:
         """uint8 (n, H, W, 3) to scaled latents (n, C, H/f, W/f), float32: the posterior's mean."""
-        parts = []
+        parts, batch = [], self.vae_batch
         for start in range(0, len(pixels), batch):
-            x = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch]))
+            x = torch.from_numpy(np.array(pixels[start : start + batch]))
             x = x.to(self.device).permute(0, 3, 1, 2).to(self.vae.dtype) / 127.5 - 1
             parts.append(self.vae.encode(x).latent_dist.mean.float() * self._scaling)
         return torch.cat(parts)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch: int = 16) -> np.ndarray:
+    def decode(self, latents: Tensor) -> np.ndarray:
         """Latents (n, C, h, w) to uint8 (n, H, W, 3)."""
-        parts = []
+        parts, batch = [], self.vae_batch
         for start in range(0, len(latents), batch):
             z = latents[start : start + batch].to(self.device, self.vae.dtype) / self._scaling
             x = self.vae.decode(z).sample.float().clamp(-1, 1)
@@ -207,6 +207,16 @@ class Denoiser:
             vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
             scheduler=self.sampler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         ).save_pretrained(folder)  # fmt: skip
+
+    @property
+    def vae_batch(self) -> int:
+        """Pictures that pass through the autoencoder at once: it takes 640 MB for one of 512 pixels."""
+        return max(1, min(64, 32 * 128**2 // self.resolution**2))
+
+    @property
+    def unet_batch(self) -> int:
+        """Samples in one pass without gradient: 64 of small latents, 16 of 64 x 64."""
+        return max(1, min(64, 65536 // (self.latent_shape[1] * self.latent_shape[2])))
 
     # --- help ----------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ def encode_pictures(
             return denoiser.encode(pixels[:, :, ::-1] if mirrored else pixels)
 
         store = FeatureCache(root, f"latents-{where}{'-mirrored' if mirrored else ''}")
-        return store.get_or_compute(pictures.hashes, compute, batch)
+        return store.get_or_compute(pictures.hashes, compute, max(8, denoiser.vae_batch))
 
     encoded = torch.cat([latents(False), latents(True)]) if flip else latents(False)
     captions = pictures.captions * (2 if flip else 1)

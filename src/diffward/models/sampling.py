@@ -21,13 +21,14 @@ def sample(
     seed: int = 0,
     steps: int = 20,
     guidance: float = 5.0,
-    batch: int = 16,
+    batch: int | None = None,
 ) -> np.ndarray:
     """Draw one picture a caption: uint8 (n, H, W, 3).
 
     Picture i depends on (seed, i, caption) alone, not on the batch or on the other captions.
     """
     pictures = []
+    batch = batch or max(1, denoiser.unet_batch // 4)
     null = denoiser.condition([""])
     for start in range(0, len(captions), batch):
         texts = list(captions[start : start + batch])

@@ -106,7 +106,7 @@ def audit_lora(
     sides: Sides | None,
     *,
     pairs: int = 16,
-    batch: int = 64,
+    batch: int | None = None,
     seed: int = 0,
     cache: bool = True,
     thumbnails: bool = False,
@@ -146,7 +146,7 @@ def _membership(
     file: str | Path,
     sides: Sides,
     pairs: int,
-    batch: int,
+    batch: int | None,
     seed: int,
     cache: bool,
 ) -> tuple[dict[str, dict[str, Any]], PerImage]:

@@ -1,0 +1,113 @@
+"""The tables of bench/ that are cheap, in their quick form: they run and give the rows they promise."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_MB = 200
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`quick("bank_speed")`: the rows that a quick run hands to `record`."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(ROOT)
+
+    def run(name: str) -> list[dict[str, Any]]:
+        told: list[dict[str, Any]] = []
+
+        def record(title: str, rows: list[dict[str, Any]], **options: Any) -> None:
+            assert title == name.replace("_", "-")
+            assert options["quick"] is True
+            told.extend(rows)
+
+        module = importlib.import_module(f"bench.{name}")
+        monkeypatch.setattr(module, "record", record)
+        module.run(quick=True)
+        return told
+
+    return run
+
+
+@pytest.mark.slow
+def test_inspect_speed(quick: Any) -> None:
+    rows = quick("inspect_speed")  # seconds are for the table: a busy machine must not fail here
+    assert [row["file"] for row in rows] == ["warm", "cold"]
+    for row in rows:
+        assert {"help_s", "inspect_s", "extra_s", "help_mb", "inspect_mb"} <= row.keys()
+        assert row["file_mb"] > 1000
+        assert 0 < row["help_mb"] < row["inspect_mb"] < LIMIT_MB
+
+
+@pytest.mark.slow
+def test_bank_speed(quick: Any) -> None:
+    (row,) = quick("bank_speed")
+    assert {"base", "pictures", "pairs", "cold_s", "one_by_one_s", "ratio"} <= row.keys()
+    assert row["difference"] < 1e-3  # both ways measure the same
+    assert row["again_s"] < row["cold_s"] < row["one_by_one_s"]
+
+
+@pytest.mark.slow
+def test_train_step(quick: Any) -> None:
+    (row,) = quick("train_step")
+    assert {
+        "base",
+        "batch",
+        "rank",
+        "ours_s",
+        "loop_s",
+        "ratio",
+        "ours_mb",
+        "loop_mb",
+    } <= row.keys()
+    assert 0 < row["ours_s"] < row["loop_s"]
+    assert row["neither_mb"] <= row["ours_mb"] * 1.02
+
+
+def test_ours_and_the_loop_start_alike(
+    monkeypatch: pytest.MonkeyPatch, denoiser: Any, pictures: Any
+) -> None:
+    """Neither way leaves anything on the base: the rounds are independent of one another."""
+    import torch
+
+    monkeypatch.syspath_prepend(str(ROOT))
+    train_step = importlib.import_module("bench.train_step")
+    monkeypatch.setattr(train_step, "BATCH", 2)
+    before = {k: v.clone() for k, v in denoiser.unet.state_dict().items()}
+    assert len(train_step.Loop(denoiser, pictures)(2)) == 2
+    assert len(train_step._ours(denoiser, pictures)(2)) == 2
+    after = denoiser.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    assert not any(p.requires_grad for p in denoiser.unet.parameters())
+
+
+def test_a_process_is_measured_apart_from_its_starter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    support = importlib.import_module("bench._support")
+    ballast = bytearray(300_000_000)
+    small = support.measure([sys.executable, "-c", "print('here')"])
+    large = support.measure([sys.executable, "-c", "x = b'1' * 150_000_000"])
+    assert len(ballast) == 300_000_000
+    assert small.output == "here\n"
+    assert small.peak_mb < 60 < 150 < large.peak_mb < 250
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        support.measure([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_the_large_lora_is_a_valid_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from diffward.lora import inspect_lora
+
+    monkeypatch.syspath_prepend(str(ROOT))
+    write = importlib.import_module("bench.inspect_speed").write_large_lora
+    size = write(tmp_path / "small.safetensors", rank=1)
+    found = inspect_lora(tmp_path / "small.safetensors")
+    assert found.bytes == size
+    assert (found.modules, found.rank, found.base_family) == (494, 1, "flux")
+    assert [leak.key for leak in found.leaks] == ["ss_tag_frequency"]
