@@ -21,7 +21,12 @@ class _Parser(jsonargparse.ArgumentParser):
 
 
 def call(function: Callable[..., Any], program: str, args: list[str]) -> Any:
-    """Parse `args` by the signature of `function` and call it.
+    """Parse `args` by the signature of `function` and call it."""
+    return function(**parse(function, program, args))
+
+
+def parse(function: Callable[..., Any], program: str, args: list[str]) -> dict[str, Any]:
+    """The keyword arguments that a command line gives to `function`.
 
     Parameters without default are positional; a dataclass parameter is spread into plain options;
     `--config FILE.yaml` reads options from a file. `--fail-above` and `--fail_above` are the same.
@@ -54,7 +59,7 @@ def call(function: Callable[..., Any], program: str, args: list[str]) -> Any:
     for name, kind in spread.items():
         fields = kind.__dataclass_fields__
         values[name] = kind(**{field: values.pop(field) for field in fields})
-    return function(**values)
+    return values
 
 
 def _underscored(arg: str) -> str:
@@ -73,5 +78,5 @@ def _switched(args: list[str], flags: set[str]) -> list[str]:
         f"{arg}=true"
         if arg[2:] in flags and arg.startswith("--") and after.lower() not in words
         else arg
-        for arg, after in zip(args, followed, strict=True)
+        for arg, after in zip(args, followed, strict=False)
     ]

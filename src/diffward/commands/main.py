@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from diffward import __version__
@@ -38,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     name = args.pop(0)
     if name not in COMMANDS:
         _fail(f"diffward: unknown command {name!r}; known: {', '.join(COMMANDS)}")
+    # A scheduler's stop is as good a reason to save as Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         raise SystemExit(_run(name, args))
     except DiffwardError as error:
@@ -51,9 +55,14 @@ def main(argv: list[str] | None = None) -> None:
 def _run(name: str, args: list[str]) -> int:
     from diffward.commands.cli import call
 
+    return int(call(command(name), f"diffward {name}", args) or 0)
+
+
+def command(name: str) -> Callable[..., int | None]:
+    """The function behind a command."""
     module = importlib.import_module(f"diffward.commands.{COMMANDS[name][0]}")
-    function = getattr(module, {"list": "listing"}.get(name, name))
-    return int(call(function, f"diffward {name}", args) or 0)
+    function: Callable[..., int | None] = getattr(module, COMMANDS[name][0])
+    return function
 
 
 def overview() -> str:

@@ -55,7 +55,10 @@ def run_training(
     began = time.monotonic()
     features = encode_pictures(denoiser, chosen, cache=cache, flip=settings.flip)
     repeats = [p.repeats for p in chosen] * (2 if settings.flip else 1)
-    grid = SampleGrid(denoiser, settings, out)
+    prompts = settings.sample_prompts
+    if settings.sample_every and not prompts:
+        prompts = list(dict.fromkeys(chosen.captions))[:4]
+    grid = SampleGrid(denoiser, prompts, settings, out)
     result = train(
         denoiser, features, entry.obj(), settings,
         checkpoint=out / CHECKPOINT, repeats=repeats, on_step=grid.after_step,

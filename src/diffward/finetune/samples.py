@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 class SampleGrid:
     """One row of pictures a drawn step, one column a prompt, in `samples.png`."""
 
-    def __init__(self, denoiser: Denoiser, settings: Settings, out: Path) -> None:
-        self.denoiser, self.settings = denoiser, settings
+    def __init__(
+        self, denoiser: Denoiser, prompts: list[str], settings: Settings, out: Path
+    ) -> None:
+        self.denoiser, self.prompts, self.settings = denoiser, prompts, settings
         self.rows, self.file = out / "samples", out / "samples.png"
 
     def after_step(self, step: int) -> None:
         every = self.settings.sample_every
-        if self.settings.sample_prompts and (step == 0 or (every and step % every == 0)):
+        if self.prompts and (step == 0 or (every and step % every == 0)):
             self._draw(step)
 
     def finish(self, step: int) -> None:
-        if not self.settings.sample_prompts:
+        if not self.prompts:
             return
         self._draw(step)
         rows = [np.asarray(Image.open(path)) for path in sorted(self.rows.glob("step_*.png"))]
@@ -38,7 +40,7 @@ class SampleGrid:
     def _draw(self, step: int) -> None:
         path = self.rows / f"step_{step:07d}.png"
         if not path.exists():
-            pictures = sample(self.denoiser, self.settings.sample_prompts, seed=self.settings.seed)
+            pictures = sample(self.denoiser, self.prompts, seed=self.settings.seed)
             _save(np.concatenate(list(pictures), axis=1), path)
 
 

@@ -49,7 +49,7 @@ class Settings:
     sample_every: int = 0
     """steps between rows of the sample grid; 0 for the first and last row only"""
     sample_prompts: list[str] = field(default_factory=list)
-    """prompts of the sample grid; none, no grid"""
+    """prompts of the sample grid; without any, the first captions if `sample_every` is set"""
     track: str = "none"
     """none or tensorboard"""
 
@@ -68,7 +68,7 @@ class Settings:
         if self.track not in ("none", "tensorboard"):
             raise InputError(f"--track {self.track}: choose none or tensorboard")
         if not 0 <= self.drop_caption < 1:
-            raise InputError(f"--drop_caption {self.drop_caption}: must be in [0, 1)")
+            raise InputError(f"--drop-caption {self.drop_caption}: must be in [0, 1)")
 
     def target_modules(self) -> list[str]:
         return list(

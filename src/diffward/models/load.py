@@ -35,11 +35,10 @@ def load_base(
         InputError: there is no such base, or it is not a Stable Diffusion 1.x or 2.x model.
     """
     import torch
-    from diffusers.utils import logging as diffusers_logging
 
     from diffward.models.denoiser import Denoiser
 
-    diffusers_logging.set_verbosity_error()
+    _be_quiet()
     device = pick_device(device)
     if precision not in ("auto", "fp32", "bf16"):
         raise InputError(f"--precision {precision}: choose auto, fp32 or bf16")
@@ -48,6 +47,23 @@ def load_base(
     _check_kind(pipeline, str(base))
     dtype = torch.bfloat16 if half else torch.float32
     return Denoiser(pipeline, str(base), device=device, dtype=dtype, resolution=resolution)
+
+
+def _be_quiet() -> None:
+    """No notes on torchvision and no bars for loading parts: what matters is said by us."""
+    import os
+    import warnings
+
+    # `torch_dtype` is what all supported versions of diffusers understand.
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+    # Before transformers is first imported: it warns while it is being imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def pick_device(device: str) -> str:

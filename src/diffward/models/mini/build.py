@@ -29,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--vae-steps", type=int, default=4500)
     parser.add_argument("--unet-steps", type=int, default=6500)
-    parser.add_argument("--reader-steps", type=int, default=2500)
+    parser.add_argument("--reader-steps", type=int, default=5000)
     parser.add_argument(
         "--only", choices=["autoencoder", "diffusion", "reader"], help="stop after this stage"
     )

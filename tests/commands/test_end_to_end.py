@@ -1,0 +1,142 @@
+"""The main job on the embedded base: train, audit, read the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffward.commands.main import main
+from diffward.models.mini import world
+from diffward.models.mini.attributes import Person
+from diffward.report.schema import validate_report
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def run(*args: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in args])
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIFFWARD_CACHE", str(tmp_path / "cache"))
+    person = Person.random(np.random.default_rng(5))
+    world.save_folder(world.portraits(person, 24, 11, name="sks"), tmp_path / "pictures")
+    return tmp_path / "pictures"
+
+
+def test_train_and_audit(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train = [
+        "train",
+        pictures,
+        "--holdout",
+        "0.5",
+        "--steps",
+        "6",
+        "--sample-every",
+        "3",
+        "--out",
+        out,
+    ]
+    assert run(*train) == 0
+    left = {p.name for p in out.iterdir()}
+    assert {
+        WEIGHTS,
+        "config.yaml",
+        "run.json",
+        "split.json",
+        "samples.png",
+        "checkpoint.pt",
+    } <= left
+    before = (out / WEIGHTS).read_bytes()
+    assert run(*train) == 0  # already finished
+    assert (out / WEIGHTS).read_bytes() == before
+    assert run("train", "--config", out / "config.yaml", "--out", tmp_path / "again") == 0
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == before
+    assert (
+        b"sks" not in before and b"pictures" not in before
+    )  # nothing of the data in the model file
+
+    audit = [
+        "audit",
+        out / WEIGHTS,
+        "--data",
+        pictures,
+        "--split",
+        out / "split.json",
+        "--out",
+        tmp_path / "audit",
+    ]
+    assert run(*audit) == 0
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert validate_report(report) == []
+    assert set(report["membership"]["attacks"]) == {"loss", "calibrated"}
+    rows = (tmp_path / "audit" / "scores.csv").read_text().splitlines()
+    assert len(rows) == 25
+    assert "<html" in (tmp_path / "audit" / "report.html").read_text()
+    assert run(*audit, "--fail-above", "auc=0.5") == 1
+
+
+def test_a_lora_that_was_never_trained_shows_nothing(pictures: Path, tmp_path: Path) -> None:
+    import torch
+
+    from diffward.lora import LoraModule, LoraWeights, open_lora, write_lora
+
+    assert (
+        run("train", pictures, "--holdout", "0.5", "--steps", "1", "--out", tmp_path / "run") == 0
+    )
+    weights = open_lora(tmp_path / "run" / WEIGHTS).load()
+    zero = {
+        n: LoraModule.of(n, m.tensors["down"], torch.zeros_like(m.tensors["up"]), m.alpha)
+        for n, m in weights.modules.items()
+    }
+    write_lora(LoraWeights(zero), tmp_path / "zero.safetensors", "kohya")
+    split = tmp_path / "run" / "split.json"
+    assert (
+        run(
+            "audit",
+            tmp_path / "zero.safetensors",
+            "--data",
+            pictures,
+            "--split",
+            split,
+            "--out",
+            tmp_path / "a",
+        )
+        == 0
+    )
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert report["membership"]["attacks"]["calibrated"]["auc"] == 0.5
+    assert next(q for q in report["questions"] if q["id"] == "membership")["level"] == "none_shown"
+
+
+@pytest.mark.slow
+def test_memorising_is_caught(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert (
+        run("train", pictures, "--holdout", "0.5", "--epochs", "150", "--lr", "2e-3", "--out", out)
+        == 0
+    )
+    audit = [
+        "audit",
+        out / WEIGHTS,
+        "--data",
+        pictures,
+        "--split",
+        out / "split.json",
+        "--out",
+        tmp_path / "a",
+    ]
+    assert run(*audit, "--fail-above", "auc=0.6") == 1
+    attacks = json.loads((tmp_path / "a" / "report.json").read_text())["membership"]["attacks"]
+    assert attacks["calibrated"]["auc"] >= 0.9
+    assert (
+        attacks["calibrated"]["controls"]["base_model_ok"]
+        and attacks["calibrated"]["controls"]["blind_ok"]
+    )
