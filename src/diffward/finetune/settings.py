@@ -56,7 +56,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate", "rank", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} {getattr(self, name)}: must be at least 1")
         if self.steps < 0 or not self.epochs > 0:
             raise InputError("--steps must not be negative and --epochs must be above 0")
         if not self.lr > 0:
