@@ -28,7 +28,7 @@ def main() -> None:
         "--pictures", type=int, default=48000, help="how many the base is trained on"
     )
     parser.add_argument("--vae-steps", type=int, default=4500)
-    parser.add_argument("--unet-steps", type=int, default=6500)
+    parser.add_argument("--unet-steps", type=int, default=7000)
     parser.add_argument("--reader-steps", type=int, default=5000)
     parser.add_argument(
         "--only", choices=["autoencoder", "diffusion", "reader"], help="stop after this stage"

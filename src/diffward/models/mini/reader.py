@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffward.files import atomic_path
 from diffward.models.mini import READER, world
 from diffward.models.mini.attributes import ATTRIBUTES, DOMAINS, Person
 from diffward.models.mini.autoencoder import to_tensor
@@ -77,7 +78,8 @@ def load_reader(path: Path = READER) -> Reader:
 
 
 def save_reader(reader: Reader, path: Path) -> None:
-    save_file({k: v.contiguous() for k, v in reader.state_dict().items()}, path)
+    with atomic_path(path) as temporary:
+        save_file({k: v.contiguous() for k, v in reader.state_dict().items()}, temporary)
 
 
 def train_reader(
