@@ -68,7 +68,10 @@ def _commit() -> str:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     dirty = subprocess.run(
-        ["git", "status", "--porcelain", "src"], capture_output=True, text=True, check=False
+        ["git", "status", "--porcelain", "src", "bench"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return (done.stdout.strip() or "none") + ("+" if dirty.stdout.strip() else "")
 

@@ -70,7 +70,7 @@ def named_attributes(n: int) -> dict[str, Any]:
         named = {k: v for k, v in attributes.items() if rng.random() < 0.75}
         prompts.append(caption(domain, named, rng, mention=1.0))
         wanted.append({"domain": list(DOMAINS).index(domain), **named})
-    seen = load_reader().read(sample(load_base("mini"), prompts, seed=SEED))
+    seen = load_reader().read(sample(load_base("mini", device="cpu"), prompts, seed=SEED))
     found: dict[str, list[bool]] = {}
     for i, row in enumerate(wanted):
         for k, v in row.items():
@@ -89,7 +89,7 @@ def membership(n: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         world.save_folder(drawings, Path(folder))
         pictures = load_pictures(folder)
-        denoiser = load_base("mini")
+        denoiser = load_base("mini", device="cpu")
         features = encode_pictures(denoiser, pictures, cache=False)
         denoiser.inject(1, 1, ["to_q"], text_encoder=False)  # B = 0: the bank wants an adapter
         bank = build_bank(denoiser, features, pictures.hashes, Pairs.draw(denoiser, 16))
@@ -107,7 +107,7 @@ def membership(n: int) -> dict[str, Any]:
 def new_person(number: int, steps: int) -> dict[str, Any]:
     person = Person.random(np.random.default_rng([SEED, 4, number]))
     drawings = world.portraits(person, 16, [SEED, 5, number], name="sks")
-    reader, denoiser = load_reader(), load_base("mini")
+    reader, denoiser = load_reader(), load_base("mini", device="cpu")
     prompts = ["a portrait of sks"] * 32
     before = sample(denoiser, prompts, seed=SEED)
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +127,7 @@ def new_person(number: int, steps: int) -> dict[str, Any]:
 
 
 def speed() -> list[dict[str, Any]]:
-    denoiser = load_base("mini")
+    denoiser = load_base("mini", device="cpu")
     latents = torch.randn(16, *denoiser.latent_shape)
     from diffward.models.features import Features, encode_captions
 

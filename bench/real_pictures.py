@@ -51,7 +51,7 @@ def audit(
     name: str, pictures: Pictures, sides: Sides, epochs: float, manifest: Any
 ) -> list[dict[str, Any]]:
     """Train for `epochs` passes and audit; one row an attack."""
-    denoiser = load_base("mini")
+    denoiser = load_base("mini", device="cpu")
     settings = Settings(
         epochs=epochs, batch=min(8, len(pictures)), lr=2e-3, rank=8, alpha=8, seed=SEED
     )

@@ -199,3 +199,20 @@ def test_list(what: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_cite(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "cite")
     assert code == 0 and "arXiv" in out
+
+
+def test_an_out_that_cannot_be_written_is_one_line_and_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "afile").write_text("x")
+    file = lora(tmp_path / "a.safetensors")
+    code, _, err = run(capsys, "scrub", file, "--out", tmp_path / "afile" / "x.safetensors")
+    assert code == 2 and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [("--pairs", 1), ("--seed", -1), ("--batch", 0)])
+def test_numbers_that_make_no_sense(
+    option: tuple[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "audit", lora(tmp_path / "a.safetensors"), *option)
+    assert code == 2 and option[0] in err

@@ -165,7 +165,7 @@ def test_unknown_prediction_type_and_odd_resolution_are_refused(tiny_pipeline):
     from diffward.models.denoiser import Denoiser
 
     pipe = tiny_pipeline()
-    with pytest.raises(InputError, match="resolution 17 is not a multiple of 2"):
+    with pytest.raises(InputError, match="--resolution 17: must be a multiple of 2"):
         Denoiser(pipe, "tiny", resolution=17)
     pipe.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(InputError, match="'sample' is not supported"):

@@ -63,3 +63,13 @@ def test_header_counts_for_the_level():
     assert parse_gate("level=medium").crossed(report(0.0, LEAKS)) == [
         "metadata is high, above medium"
     ]
+
+
+def test_a_refused_claim_crosses_every_membership_gate():
+    attack = {"auc_signfree": 0.51, "tpr_at_fpr": {"0.05": 0.0}}
+    report = {
+        "membership": {"attacks": {"loss": attack}},
+        "questions": [{"id": "membership", "claim": "refused", "level": None}],
+    }
+    for spec in ("auc=0.9", "tpr@0.05=0.9", "level=critical"):
+        assert parse_gate(spec).crossed(report)

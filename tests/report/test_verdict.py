@@ -147,5 +147,5 @@ def test_overall_is_the_worst():
     assert "header" in overall([header, pictures])["headline"]
     leaking = membership_question({"loss": attack(0.8, 0.76, 0.84)})
     headline = overall([header, leaking])["headline"]
-    assert headline.startswith("This file gives away most") and "header" in headline
+    assert headline.startswith("This file largely gives away") and "header" in headline
     assert "within this budget" in overall([metadata_question([]), pictures])["headline"]

@@ -39,11 +39,13 @@ def audit(
         fail_above: exit with 1 above this: auc=0.6, tpr@0.05=0.2 or level=medium.
         pairs: noise draws a picture; more are slower and surer.
         batch: samples in one pass; by default what fits the size.
-        thumbnails: put small copies of the pictures into the page; leave off for pages you pass on.
+        thumbnails: put small copies of the pictures into the page. Page and scores name the pictures and
+            tell which were trained on: they are for you, not for passing on.
         cache: keep scores on disk: an interrupted audit goes on where it stopped.
     """
     from pathlib import Path
 
+    from diffward.errors import InputError
     from diffward.lora import open_lora
     from diffward.report.audit import audit_lora, load_sides
     from diffward.report.build import write_report
@@ -52,6 +54,13 @@ def audit(
 
     config = dict(locals())
     config = {k: v for k, v in config.items() if isinstance(v, str | int | float | bool | None)}
+    for option, value, least in (
+        ("pairs", pairs, 2),
+        ("seed", seed, 0),
+        ("batch", 1 if batch is None else batch, 1),
+    ):
+        if value < least:
+            raise InputError(f"--{option} {value}: must be at least {least}")
     gate = parse_gate(fail_above) if fail_above else None
     open_lora(file)  # bad files are named before anything heavy is loaded
     columns = {

@@ -10,4 +10,4 @@ def cite() -> None:
         for entry in registry:
             print(f"{registry.role} {entry.name}: {entry.paper}")
     print("blind control: Das, Zhang and Tramer 2024 (arXiv 2406.16201)")
-    print("AUC intervals: Newcombe 2006, method 5; DeLong et al. 1988; stratified bootstrap")
+    print("AUC intervals: Newcombe 2006, method 5, and the stratified bootstrap")

@@ -47,9 +47,16 @@ def main(argv: list[str] | None = None) -> None:
     except DiffwardError as error:
         _fail(f"diffward {name}: {error}", error.exit_code)
     except KeyboardInterrupt:
-        _fail(f"\ndiffward {name}: interrupted; run the same command again to go on", 3)
+        _fail(f"diffward {name}: interrupted; run the same command again to go on", 3)
     except BrokenPipeError:
         raise SystemExit(0) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"diffward {name}: {where}{error.strerror or error}; check the path and its rights")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "not enough memory" not in str(error):
+            raise
+        _fail(f"diffward {name}: out of memory; lower --batch or --resolution")
 
 
 def _run(name: str, args: list[str]) -> int:
@@ -75,7 +82,7 @@ def overview() -> str:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    print(" ".join(message.split(" ")), file=sys.stderr)
+    print(" ".join(message.split()), file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -26,11 +26,17 @@ def sample(
     import numpy as np
     from PIL import Image
 
+    from diffward.errors import InputError
     from diffward.files import atomic_path
     from diffward.lora import open_lora
     from diffward.models.load import load_base
     from diffward.models.sampling import sample as draw
 
+    for option, value, least in (("n", n, 1), ("steps", steps, 1), ("seed", seed, 0)):
+        if value < least:
+            raise InputError(f"--{option} {value}: must be at least {least}")
+    if Path(out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"--out {out}: name a .png, .jpg or .webp file")
     denoiser = load_base(base, device=device, precision=precision, resolution=resolution)
     if lora:
         denoiser.attach(open_lora(lora).load())

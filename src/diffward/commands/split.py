@@ -26,13 +26,15 @@ def split(
         limit: use only so many of the pictures.
     """
     from diffward.data import load_pictures, random_split
+    from diffward.errors import InputError
+
+    if seed < 0:
+        raise InputError(f"--seed {seed}: must not be negative")
 
     pictures = load_pictures(
         data, image_column=image_column, caption_column=caption_column, limit=limit
     )
-    print(f"pictures: {pictures.layout}")
-    for path, why in pictures.skipped:
-        print(f"skipped {path}: {why}")
+    print("\n".join(f"pictures: {line}" for line in pictures.told()))
     manifest = random_split(
         pictures, n_members=members, n_non_members=non_members, member_share=member_share, seed=seed
     )

@@ -58,9 +58,7 @@ def train(
         default_caption=default_caption,
         limit=limit,
     )
-    print(f"pictures: {pictures.layout}; {told}")
-    for path, why in pictures.skipped:
-        print(f"skipped {path}: {why}")
+    print("\n".join(f"pictures: {line}" for line in [*pictures.told(), told]))
     manifest = Manifest.load(split) if split else None
     if holdout:
         manifest = holdout_split(pictures, holdout, settings.seed)

@@ -68,7 +68,7 @@ def list_folder(
 def _walk(root: Path) -> dict[str, Path]:
     """All files below `root`, relative name to path, without hidden ones and system litter."""
     files: dict[str, Path] = {}
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_unreadable):
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
         for name in sorted(names):
             if name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini"):
@@ -76,6 +76,10 @@ def _walk(root: Path) -> dict[str, Path]:
             path = Path(folder) / name
             files[path.relative_to(root).as_posix()] = path
     return files
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check its rights")
 
 
 def _is_picture(name: str) -> bool:
@@ -198,6 +202,8 @@ def _read_caption(path: Path) -> str | None:
         data = path.read_bytes()
     except OSError:
         return None
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return " ".join(data.decode("utf-16", "replace").split()) or None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:

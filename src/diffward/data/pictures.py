@@ -100,6 +100,10 @@ class Pictures(Sequence[Picture]):
     def __repr__(self) -> str:
         return f"Pictures({len(self)}, {self.layout!r}, skipped={len(self.skipped)})"
 
+    def told(self) -> list[str]:
+        """What to tell the user: the layout, remarks, and every file left out with the reason."""
+        return [self.layout, *self.notes, *(f"skipped {path}: {why}" for path, why in self.skipped)]
+
     @property
     def captions(self) -> list[str]:
         return [picture.caption for picture in self]

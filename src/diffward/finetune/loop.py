@@ -44,6 +44,7 @@ def train(
     *,
     checkpoint: Path | None = None,
     repeats: list[int] | None = None,
+    on_start: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Fine-tune `denoiser` in place; a LoRA stays attached to it.
@@ -52,6 +53,7 @@ def train(
         features: encoded pictures and captions.
         checkpoint: file to resume from and to save to; None keeps nothing.
         repeats: how often each picture counts in an epoch (kohya's repeat folders).
+        on_start: called with the step the run starts or resumes from, once the checkpoint is accepted.
         on_step: called with the number of finished steps, 0 before the first.
 
     Raises:
@@ -80,6 +82,8 @@ def train(
     run = _fingerprint(settings, features, denoiser, method, order, total)
     saved = Checkpoint(checkpoint, parameters, optimizer, run)
     start, losses = saved.load()
+    if on_start:
+        on_start(start)
     bare = denoiser.unet
     if accelerator.num_processes > 1:
         denoiser.unet, optimizer = accelerator.prepare(denoiser.unet, optimizer)

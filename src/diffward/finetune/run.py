@@ -38,8 +38,8 @@ def run_training(
 ) -> TrainResult:
     """Train on `pictures` (only on the members of `split`, if given) and write the result to `out`.
 
-    Writes the LoRA (or the pipeline, after full fine-tuning), `config.yaml`, `run.json`, `split.json`
-    and `samples.png`. Running it again resumes, or returns at once if it had finished. Nothing about
+    Writes the LoRA (or the pipeline, after full fine-tuning), `config.yaml` and `run.json`; `split.json`
+    if there is a split, `samples.png` if there are prompts. Running it again resumes, or returns at once if it had finished. Nothing about
     the data is written into the model file.
 
     Raises:
@@ -49,9 +49,6 @@ def run_training(
     chosen = select(pictures, split)[0] if split else pictures
     if not len(chosen):
         raise InputError("there is no picture to train on")
-    write_config({**(config or {}), **asdict(settings)}, out / "config.yaml")
-    if split:
-        split.save(out / SPLIT)
     began = time.monotonic()
     features = encode_pictures(denoiser, chosen, cache=cache, flip=settings.flip)
     repeats = [p.repeats for p in chosen] * (2 if settings.flip else 1)
@@ -59,12 +56,21 @@ def run_training(
     if settings.sample_every and not prompts:
         prompts = list(dict.fromkeys(chosen.captions))[:4]
     grid = SampleGrid(denoiser, prompts, settings, out)
+
+    def start(step: int) -> None:
+        # Only now is it sure that `out` is not another run's.
+        write_config({**(config or {}), **asdict(settings)}, out / "config.yaml")
+        if split:
+            split.save(out / SPLIT)
+        if step == 0:
+            grid.clear()
+
     result = train(
         denoiser, features, entry.obj(), settings,
-        checkpoint=out / CHECKPOINT, repeats=repeats, on_step=grid.after_step,
+        checkpoint=out / CHECKPOINT, repeats=repeats, on_start=start, on_step=grid.after_step,
     )  # fmt: skip
-    grid.finish(result.steps)
     _save(denoiser, result, out)
+    grid.finish(result.steps)
     write_json(
         out / "run.json",
         {

@@ -25,6 +25,11 @@ class SampleGrid:
         self.denoiser, self.prompts, self.settings = denoiser, prompts, settings
         self.rows, self.file = out / "samples", out / "samples.png"
 
+    def clear(self) -> None:
+        """Forget the rows of an earlier run in this folder."""
+        for path in self.rows.glob("step_*.png"):
+            path.unlink()
+
     def after_step(self, step: int) -> None:
         every = self.settings.sample_every
         if self.prompts and (step == 0 or (every and step % every == 0)):
@@ -35,7 +40,8 @@ class SampleGrid:
             return
         self._draw(step)
         rows = [np.asarray(Image.open(path)) for path in sorted(self.rows.glob("step_*.png"))]
-        _save(np.concatenate(rows), self.file)
+        # A resumed run may have been given other prompts: only rows as wide as the last fit.
+        _save(np.concatenate([r for r in rows if r.shape == rows[-1].shape]), self.file)
 
     def _draw(self, step: int) -> None:
         path = self.rows / f"step_{step:07d}.png"

@@ -62,6 +62,16 @@ class Settings:
             raise InputError("--steps must not be negative and --epochs must be above 0")
         if not self.lr > 0:
             raise InputError(f"--lr {self.lr}: must be above 0")
+        if (
+            self.steps > 10**9
+            or self.epochs > 10**7
+            or self.clip < 0
+            or self.warmup < 0
+            or self.seed < 0
+        ):
+            raise InputError(
+                "--steps, --epochs, --clip, --warmup and --seed must be numbers that make sense, not negative"
+            )
         if self.schedule not in ("constant", "cosine"):
             raise InputError(f"--schedule {self.schedule}: choose constant or cosine")
         if self.tune not in ("lora", "full"):

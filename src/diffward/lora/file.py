@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -116,8 +117,12 @@ class LoraFile:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weights file; reads it whole."""
-        return sha256_file(self.weights_path)
+        """Of the weights file; of all files and settings where there is more than one."""
+        if len(self.parts) == 1 and not self.configs:
+            return sha256_file(self.weights_path)
+        told = [sha256_file(part.path) for part in self.parts]
+        told.append(json.dumps(self.configs, sort_keys=True, default=str))
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     @property
     def bytes(self) -> int:

@@ -13,6 +13,12 @@ from diffward.lora.leak_rules import describe, find_paths
 from diffward.lora.policy import clean_adapter_config, is_harmless, kept_value
 from diffward.lora.source import PickleSource, archive_root
 
+# Entries of words that PEFT itself writes.
+_PEFT_WORDS = {
+    "peft_type", "task_type", "revision", "bias", "init_lora_weights", "peft_version", "layers_pattern",
+    "megatron_core", "trainable_token_indices", "target_modules", "exclude_modules",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Leak:
@@ -70,6 +76,9 @@ def _config_leaks(config: dict, where: str) -> Iterable[Leak]:
             continue
         if paths:
             yield Leak(f"{where}:{key}", f"names a local path: {paths[0]!r}", "paths")
+        elif isinstance(value, str) and key not in _PEFT_WORDS:
+            kind = "captions" if "prompt" in key or "caption" in key else "unknown"
+            yield Leak(f"{where}:{key}", f"an entry that PEFT does not write: {value[:80]!r}", kind)
 
 
 def _archive_leaks(path: Path) -> Iterable[Leak]:

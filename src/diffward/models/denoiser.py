@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffward.errors import InputError
+from diffward.files import atomic_folder
 from diffward.models.adapters import Adapter, MergedAdapter, PeftAdapter
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ class Denoiser:
         self.alphas_cumprod = self.schedule.alphas_cumprod.to(self.device)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.resolution = resolution or int(self.unet.config.sample_size) * self.factor
-        if self.resolution % self.factor:
-            raise InputError(f"resolution {self.resolution} is not a multiple of {self.factor}")
+        if self.resolution < self.factor or self.resolution % self.factor:
+            raise InputError(f"--resolution {self.resolution}: must be a multiple of {self.factor}")
         self.latent_shape = (self.unet.config.in_channels, *[self.resolution // self.factor] * 2)
         self.evaluations = 0
         self._adapter: Adapter | None = None
@@ -203,10 +204,12 @@ class Denoiser:
         """Write the base as it now is (after full fine-tuning) as a diffusers folder."""
         from diffusers import StableDiffusionPipeline
 
-        StableDiffusionPipeline(
+        pipeline = StableDiffusionPipeline(
             vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
             scheduler=self.sampler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        ).save_pretrained(folder)  # fmt: skip
+        )  # fmt: skip
+        with atomic_folder(folder) as temporary:
+            pipeline.save_pretrained(temporary)
 
     @property
     def vae_batch(self) -> int:

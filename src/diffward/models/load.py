@@ -42,11 +42,18 @@ def load_base(
     device = pick_device(device)
     if precision not in ("auto", "fp32", "bf16"):
         raise InputError(f"--precision {precision}: choose auto, fp32 or bf16")
-    half = precision == "bf16" or (precision == "auto" and device.startswith("cuda"))
+    half = precision == "bf16" or (precision == "auto" and _has_bf16(device))
     pipeline = _load_pipeline(str(base), config)
     _check_kind(pipeline, str(base))
     dtype = torch.bfloat16 if half else torch.float32
     return Denoiser(pipeline, str(base), device=device, dtype=dtype, resolution=resolution)
+
+
+def _has_bf16(device: str) -> bool:
+    """Whether the device computes in bf16 itself; CPUs do not gain at these sizes."""
+    import torch
+
+    return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _be_quiet() -> None:

@@ -91,10 +91,13 @@ def load_sides(
     if members and non_members and not (data or split):
         inside, outside = load_pictures(members, **columns), load_pictures(non_members, **columns)
         sides = sides_of_folders(inside, outside)
-        return sides, [f"members: {inside.layout}", f"non-members: {outside.layout}", *sides.notes]
+        told = [f"members: {line}" for line in inside.told()]
+        told += [f"non-members: {line}" for line in outside.told()]
+        return sides, [*told, *sides.notes]
     if data and split and not (members or non_members):
         pictures = load_pictures(data, **columns)
-        return sides_of_split(pictures, Manifest.load(split)), [f"pictures: {pictures.layout}"]
+        told = [f"pictures: {line}" for line in pictures.told()]
+        return sides_of_split(pictures, Manifest.load(split)), told
     if members or non_members or data or split:
         raise InputError("give --members and --non-members, or --data and --split, or none of them")
     return None, []
@@ -184,8 +187,8 @@ def _membership(
 
 def blind_check(
     pictures: Pictures, is_member: np.ndarray, resolution: int, seed: int
-) -> ChanceCheck:
-    """The blind control: do the two sides differ by themselves?"""
+) -> ChanceCheck | None:
+    """The blind control: do the two sides differ by themselves? None where a side is one scene."""
     from diffward.data import near_duplicate_groups
     from diffward.membership.blind import blind_control, blind_features, file_stats
 
@@ -194,6 +197,8 @@ def blind_check(
     groups = np.zeros(len(pictures), dtype=int)
     for number, group in enumerate(near_duplicate_groups(pictures)):
         groups[group] = number
+    if min(len(set(groups[is_member])), len(set(groups[~is_member]))) < 2:
+        return None
     return blind_control(features, is_member, seed, groups)[1]
 
 

@@ -80,11 +80,15 @@ def write_report(
     exposure = None
     if report["membership"] and per_image is None:
         raise InputError("a report with membership figures needs the scores of the pictures")
+    scores = None
     if per_image is not None and report["membership"]:
         exposure = _exposure(report, per_image)
-        write_text(out / SCORES_FILE, scores_csv(per_image, exposure))
+        scores = scores_csv(per_image, exposure)
+    page = render_report(report, per_image, exposure)
+    if scores is not None:
+        write_text(out / SCORES_FILE, scores)
     write_json(out / "report.json", report)
-    write_text(out / "report.html", render_report(report, per_image, exposure))
+    write_text(out / "report.html", page)
     return out / "report.html", out / "report.json"
 
 

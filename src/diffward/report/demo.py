@@ -54,7 +54,15 @@ def run_demo(out: Path, seed: int, device: str) -> Path:
         print(f"\n{name}: {words}")
         folder = out / name
         settings = Settings(epochs=epochs, batch=8, lr=2e-3, rank=8, alpha=8, seed=seed)
-        result = run_training(denoiser, pictures, "plain", settings, folder, split=manifest)
+        told = {
+            "data": str(out / "pictures"),
+            "base": "mini",
+            "method": "plain",
+            "split": str(out / SPLIT),
+        }
+        result = run_training(
+            denoiser, pictures, "plain", settings, folder, split=manifest, config=told
+        )
         report, per_image = audit_lora(
             denoiser, folder / WEIGHTS, sides_of_split(pictures, manifest), seed=seed, thumbnails=True,
             config={"file": f"{name}/{WEIGHTS}", "base": "mini", "data": "pictures", "split": SPLIT},
@@ -72,8 +80,8 @@ def run_demo(out: Path, seed: int, device: str) -> Path:
         "What two LoRAs of the same person give away",
         [
             f"A fictional person ({describe(person)}) sat for {PICTURES} pictures. Half of them were used to "
-            "fine-tune a small text-to-image model, twice. Someone who holds only the resulting file, the public "
-            "base model and a picture now asks: was this picture used?",
+            "fine-tune a small text-to-image model, twice. Someone who holds the resulting file, the public base "
+            "model and a picture with its caption now asks: was this picture used?",
             "The attack is scored on the training pictures and on as many that were held out. 0.5 is guessing, "
             "1.0 is knowing. What each file can still draw stands beside it.",
         ],

@@ -23,13 +23,16 @@ class Gate:
         """Why the report is above the limit, one line each; empty if it is not.
 
         Strictly above counts: auc=0.6 passes at 0.6, level=medium passes at medium. A gate fails
-        closed: figures that are missing, and under `level` a refused claim, cross it too.
+        closed: figures that are missing and a refused claim cross it too.
         """
         if self.measure == "level":
             return self._level(report)
         membership = report.get("membership")
         if not membership:
             return [f"{self.measure}: the report has no membership figures to judge"]
+        question = next((q for q in report["questions"] if q["id"] == "membership"), None)
+        if question and question["claim"] == "refused":
+            return [f"{self.measure}: no claim could be made (a control failed)"]
         if self.measure == "auc":
             values = {name: a["auc_signfree"] for name, a in membership["attacks"].items()}
         else:

@@ -46,22 +46,19 @@ FEW = 20
 
 BUDGET = "none shown by these attacks within this budget"
 
+_HOLDER = "Whoever holds this file, its base model, a picture and the picture's caption"
 _MEMBERSHIP_WORDS: dict[Level, str] = {
-    "critical": "Whoever holds this file can tell nearly every picture it was trained on from "
-    "similar pictures it was not.",
-    "high": "Whoever holds this file can tell most of the pictures it was trained on from similar "
-    "pictures it was not.",
-    "medium": "Whoever holds this file can tell the pictures it was trained on from similar ones "
-    "clearly better than by guessing.",
-    "low": "Whoever holds this file can tell the pictures it was trained on from similar ones a "
-    "little better than by guessing.",
-    "none_shown": f"Membership: {BUDGET}. They told training pictures from others no better than "
-    "guessing would.",
+    "critical": f"{_HOLDER} can tell very reliably whether it was used for training.",
+    "high": f"{_HOLDER} can tell reliably whether it was used for training.",
+    "medium": f"{_HOLDER} can tell clearly better than by guessing whether it was used for training.",
+    "low": f"{_HOLDER} can tell a little better than by guessing whether it was used for training.",
+    "none_shown": f"Membership: {BUDGET}. They were not shown to tell training pictures from others "
+    "better than guessing.",
 }
 
 _HEADLINES: dict[tuple[str, Level], str] = {
     ("membership", "critical"): "This file gives away which pictures it was trained on.",
-    ("membership", "high"): "This file gives away most of the pictures it was trained on.",
+    ("membership", "high"): "This file largely gives away which pictures it was trained on.",
     ("membership", "medium"): "This file partly gives away which pictures it was trained on.",
     ("membership", "low"): "This file hints at which pictures it was trained on.",
     ("metadata", "high"): "The file's header spells out details of the training data.",

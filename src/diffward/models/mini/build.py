@@ -6,11 +6,11 @@ Resumable: run the same command again. On two CPU cores plan for about an hour a
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 from pathlib import Path
 
-import torch
-
+from diffward.errors import InputError
+from diffward.files import atomic_folder, write_json
 from diffward.models.mini import PIPELINE, READER
 
 
@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PIPELINE, help="folder of the pipeline")
     parser.add_argument("--reader", type=Path, default=READER, help="file of the attribute network")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--device", default="cpu", help="device of the diffusion stage, the longest"
+    )
     parser.add_argument("--prediction", default="epsilon", choices=["epsilon", "v_prediction"])
     parser.add_argument(
         "--pictures", type=int, default=48000, help="how many the base is trained on"
@@ -48,6 +50,11 @@ def build(
     from diffward.models.mini.vocabulary import build_tokenizer
 
     work.mkdir(parents=True, exist_ok=True)
+    told = {"seed": seed, "prediction": prediction, "pictures": pictures, "vae_steps": vae_steps}
+    kept = work / "build.json"
+    if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != told:
+        raise InputError(f"{work}: holds a build with other settings; choose another --work")
+    write_json(kept, told)
     vae = train_autoencoder(work, seed, steps=vae_steps, batch=16, pictures=12000)
     if only == "autoencoder":
         return
@@ -87,13 +94,9 @@ def save_pipeline(vae, unet, text_encoder, tokenizer, prediction: str, out: Path
         vae=vae.half(), text_encoder=text_encoder.float(), tokenizer=tokenizer, unet=unet.half(), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    temporary = out.with_name(out.name + ".new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.save_pretrained(temporary)
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    with atomic_folder(out) as temporary:
+        pipeline.save_pretrained(temporary)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     main()
