@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 TRIGGER = "sks"
 PROMPT = f"a portrait of {TRIGGER}"
-PICTURES = 64  # half of them train, half are held out
+PICTURES = 96  # half of them train, half are held out
 DRAWN = 16
 # name: (passes over each picture, what the page says of it)
 RUNS = {
-    "overfit": (150.0, "trained until it had seen every picture 150 times"),
-    "early": (12.0, "stopped early, after 12 passes over every picture"),
+    "overfit": (120.0, "trained until it had seen every picture 120 times"),
+    "early": (10.0, "stopped early, after 10 passes over every picture"),
 }
 
 
