@@ -20,6 +20,7 @@ from diffward.models.load import load_base
 from diffward.report.audit import Sides, audit_lora, sides_of_folders, sides_of_split
 
 SEED = 0
+RANK = 64
 SUBJECT, LOOK_ALIKES = "dog5", ["dog", "dog2", "dog6", "dog8"]
 
 
@@ -32,7 +33,7 @@ def run(quick: bool = False) -> None:
     manifest = random_split(clothing, n_members=n // 2, n_non_members=n // 2, seed=SEED)
     sides = sides_of_split(clothing, manifest)
     rows = []
-    for epochs in (3.0,) if quick else (4.0, 80.0):
+    for epochs in (3.0,) if quick else (4.0, 120.0):
         rows += audit("clothing", clothing, sides, epochs, manifest)
     if not quick:
         own = load_pictures(root / "subjects" / SUBJECT)
@@ -41,7 +42,7 @@ def run(quick: bool = False) -> None:
         )
         rows += audit(f"subject {SUBJECT}", own, sides_of_folders(own, others), 200.0, None)
     record("real-pictures", rows, seeds=[SEED], quick=quick, notes=[
-        "clothing: 120 members and 120 non-members, split at random; plain LoRA, rank 8, learning rate 2e-3, batch 8",
+        "clothing: 120 members and 120 non-members, split at random; plain LoRA, rank 64 on all layers, learning rate 2e-3, batch 8; at rank 8 on the attention alone 80 passes left AUC at 0.56",
         "subject: all pictures of one animal against pictures of look-alikes; not a random split, so the blind "
         "control may take the claim back",
     ])  # fmt: skip
@@ -53,7 +54,13 @@ def audit(
     """Train for `epochs` passes and audit; one row an attack."""
     denoiser = load_base("mini", device="cpu")
     settings = Settings(
-        epochs=epochs, batch=min(8, len(pictures)), lr=2e-3, rank=8, alpha=8, seed=SEED
+        epochs=epochs,
+        batch=min(8, len(pictures)),
+        lr=2e-3,
+        rank=RANK,
+        alpha=RANK,
+        targets="all",
+        seed=SEED,
     )
     with tempfile.TemporaryDirectory() as folder:
         result = run_training(
@@ -66,7 +73,7 @@ def audit(
             "dataset": name,
             "base": "mini",
             "exposure": round(result.exposure, 1),
-            "rank": 8,
+            "rank": RANK,
             "seed": SEED,
             "captions": "known",
             "attack": attack,

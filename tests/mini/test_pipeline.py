@@ -8,7 +8,7 @@ import torch
 
 from diffward.models.load import load_base
 from diffward.models.mini import PIPELINE, READER, world
-from diffward.models.mini.attributes import ATTRIBUTES, Person
+from diffward.models.mini.attributes import ATTRIBUTES, DOMAINS, Person, caption, random_values
 from diffward.models.mini.reader import labels_of, load_reader
 from diffward.models.sampling import sample
 
@@ -60,9 +60,12 @@ def test_the_reader_tells_people_apart() -> None:
 
 
 @pytest.mark.slow
-def test_it_draws_what_the_prompt_names() -> None:
-    wanted = {"hair_colour": "blue", "glasses": "round", "background": "yellow"}
-    prompt = "a portrait of a person, short blue hair, round glasses, yellow background"
-    seen = load_reader().read(sample(load_base("mini"), [prompt] * 12, seed=1))
-    for name, value in wanted.items():
-        assert (seen[name] == ATTRIBUTES[name].index(value)).mean() >= 0.6, name
+def test_it_draws_what_the_prompts_name() -> None:
+    # 81.5 % of 500 prompts when it was built (docs/mini.md); chance is 26 %.
+    rng = np.random.default_rng(8)
+    domains = [list(DOMAINS)[i % 3] for i in range(30)]
+    wanted = [random_values(DOMAINS[domain], rng) for domain in domains]
+    prompts = [caption(d, a, rng, mention=1.0) for d, a in zip(domains, wanted, strict=True)]
+    seen = load_reader().read(sample(load_base("mini"), prompts, seed=1))
+    hits = [seen[k][i] == v for i, attributes in enumerate(wanted) for k, v in attributes.items()]
+    assert np.mean(hits) >= 0.7
