@@ -8,19 +8,14 @@ import os
 
 import pytest
 
-from diffward.errors import DiffwardError, InputError, Interrupted, TrainingError
+from diffward.errors import DiffwardError, InputError, TrainingError
 from diffward.files import atomic_path, sha256_file, write_json, write_text
 from diffward.registry import Registry
 
 
 def test_exit_codes():
-    assert [e("x").exit_code for e in (DiffwardError, InputError, TrainingError, Interrupted)] == [
-        2,
-        2,
-        2,
-        3,
-    ]
-    assert all(issubclass(e, DiffwardError) for e in (InputError, TrainingError, Interrupted))
+    assert [e("x").exit_code for e in (DiffwardError, InputError, TrainingError)] == [2, 2, 2]
+    assert all(issubclass(e, DiffwardError) for e in (InputError, TrainingError))
 
 
 def test_registry():

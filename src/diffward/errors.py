@@ -19,9 +19,3 @@ class TrainingError(DiffwardError):
     """A run broke one of its invariants (NaN loss, adapter that does not move)."""
 
     exit_code = 2
-
-
-class Interrupted(DiffwardError):
-    """The run was stopped and can be resumed by running the same command again."""
-
-    exit_code = 3

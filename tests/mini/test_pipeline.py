@@ -61,7 +61,7 @@ def test_the_reader_tells_people_apart() -> None:
 
 @pytest.mark.slow
 def test_it_draws_what_the_prompts_name() -> None:
-    # 81.5 % of 500 prompts when it was built (docs/mini.md); chance is 26 %.
+    # 81.5 % of 500 prompts when it was built (docs/mini.md); guessing gives 22 %.
     rng = np.random.default_rng(8)
     domains = [list(DOMAINS)[i % 3] for i in range(30)]
     wanted = [random_values(DOMAINS[domain], rng) for domain in domains]

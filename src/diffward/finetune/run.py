@@ -39,8 +39,8 @@ def run_training(
     """Train on `pictures` (only on the members of `split`, if given) and write the result to `out`.
 
     Writes the LoRA (or the pipeline, after full fine-tuning), `config.yaml` and `run.json`; `split.json`
-    if there is a split, `samples.png` if there are prompts. Running it again resumes, or returns at once if it had finished. Nothing about
-    the data is written into the model file.
+    if there is a split, `samples.png` if there are prompts. Running it again resumes, or returns at
+    once if it had finished. Nothing about the data is written into the model file.
 
     Raises:
         InputError: `out` holds another run, or there is nothing to train on.

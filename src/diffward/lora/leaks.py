@@ -16,7 +16,7 @@ from diffward.lora.source import PickleSource, archive_root
 # Entries of words that PEFT itself writes.
 _PEFT_WORDS = {
     "peft_type", "task_type", "revision", "bias", "init_lora_weights", "peft_version", "layers_pattern",
-    "megatron_core", "trainable_token_indices", "target_modules", "exclude_modules",
+    "base_model_name_or_path", "megatron_core", "trainable_token_indices", "target_modules", "exclude_modules",
 }  # fmt: skip
 
 
@@ -70,13 +70,9 @@ def _config_leaks(config: dict, where: str) -> Iterable[Leak]:
             continue
         text = value if isinstance(value, str) else json.dumps(value)
         paths = find_paths(text)
-        if key == "base_model_name_or_path":
-            if paths:
-                yield Leak(f"{where}:{key}", f"names a local path: {paths[0]!r}", "paths")
-            continue
         if paths:
             yield Leak(f"{where}:{key}", f"names a local path: {paths[0]!r}", "paths")
-        elif isinstance(value, str) and key not in _PEFT_WORDS:
+        elif isinstance(value, str) and key not in _PEFT_WORDS:  # a base's hub id tells nothing
             kind = "captions" if "prompt" in key or "caption" in key else "unknown"
             yield Leak(f"{where}:{key}", f"an entry that PEFT does not write: {value[:80]!r}", kind)
 

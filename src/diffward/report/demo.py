@@ -17,7 +17,7 @@ from diffward.models.mini import world
 from diffward.models.mini.attributes import IDENTITY, Person, phrase, word
 from diffward.models.mini.reader import load_reader
 from diffward.models.sampling import sample
-from diffward.report.audit import audit_lora, sides_of_split, thumbnails_of
+from diffward.report.audit import audit_lora, sides_of_split, thumbnail
 from diffward.report.build import write_report
 from diffward.report.index import Card, ImageGroup, write_index
 
@@ -140,7 +140,7 @@ def _card(
 
 
 def _group(title: str, pixels: np.ndarray) -> ImageGroup:
-    uris = thumbnails_of(list(pixels))
+    uris = [thumbnail(p) for p in pixels]
     return {
         "title": title,
         "pictures": [{"src": uri, "alt": f"{title}, {i + 1}"} for i, uri in enumerate(uris)],
