@@ -30,7 +30,10 @@ def main() -> None:
         "--pictures", type=int, default=48000, help="how many the base is trained on"
     )
     parser.add_argument("--vae-steps", type=int, default=4500)
-    parser.add_argument("--unet-steps", type=int, default=7000)
+    parser.add_argument("--unet-steps", type=int, default=7000, help="steps of a round")
+    parser.add_argument(
+        "--unet-rounds", type=int, default=2, help="rounds, each with its own decay"
+    )
     parser.add_argument("--reader-steps", type=int, default=5000)
     parser.add_argument(
         "--only", choices=["autoencoder", "diffusion", "reader"], help="stop after this stage"
@@ -41,7 +44,7 @@ def main() -> None:
 
 def build(
     work: Path, out: Path, reader: Path, seed: int, device: str, prediction: str, pictures: int,
-    vae_steps: int, unet_steps: int, reader_steps: int, only: str | None,
+    vae_steps: int, unet_steps: int, unet_rounds: int, reader_steps: int, only: str | None,
 ) -> None:  # fmt: skip
     """Train every part, or resume, and save the pipeline and the attribute network."""
     from diffward.models.mini.autoencoder import train_autoencoder
@@ -72,6 +75,7 @@ def build(
         work,
         seed,
         steps=unet_steps,
+        repeat=unet_rounds,
         batch=32,
         device=device,
         prediction_type=prediction,

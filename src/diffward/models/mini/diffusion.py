@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffward.files import atomic_path
 from diffward.models.mini import world
 from diffward.models.mini.autoencoder import LATENT_CHANNELS, to_tensor
-from diffward.models.mini.stage import run_stage, set_rate, trapezoid
+from diffward.models.mini.stage import rounds, run_stage, set_rate
 from diffward.models.mini.vocabulary import MAX_LENGTH
 
 SCHEDULE: dict[str, Any] = {
@@ -123,11 +123,12 @@ def train_diffusion(
     seed: int,
     *,
     steps: int,
+    repeat: int = 1,
     batch: int,
     device: str = "cpu",
     prediction_type: str = "epsilon",
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Train, or resume; returns the averaged UNet and text encoder."""
+    """Train `repeat` rounds of `steps`, or resume; returns the averaged UNet and text encoder."""
     torch.manual_seed(seed)
     unet, text_encoder = new_unet().to(device), new_text_encoder(tokenizer).to(device)
     scheduler = DDPMScheduler(**SCHEDULE, prediction_type=prediction_type)
@@ -142,7 +143,7 @@ def train_diffusion(
     latents, tokens, weight = latents.to(device), tokens.to(device), weight.to(device)
 
     def step(number: int) -> dict[str, float]:
-        set_rate(optimizer, 1e-3 * trapezoid(number, steps))
+        set_rate(optimizer, 1e-3 * rounds(number, steps))
         g = torch.Generator().manual_seed(seed * 1_000_003 + number)
         index = torch.randint(len(latents), (batch,), generator=g).to(device)
         z, ids = latents[index], tokens[index].clone()
@@ -162,6 +163,6 @@ def train_diffusion(
         return {"mse": error.mean().item()}
 
     state = {"unet": unet, "text_encoder": text_encoder, "optimizer": optimizer, "average": average}
-    run_stage("diffusion", steps, step, state, work / "diffusion.pt")
+    run_stage("diffusion", steps * repeat, step, state, work / "diffusion.pt")
     average.copy_to_live()
     return unet.eval().cpu(), text_encoder.eval().cpu()

@@ -74,6 +74,14 @@ def trapezoid(step: int, steps: int, *, warmup: int = 300, decay: float = 0.3) -
     return min(1.0, (step + 1) / warmup, (steps - step) / (decay * steps))
 
 
+def rounds(step: int, length: int) -> float:
+    """Learning-rate factor: a trapezoid of `length` steps, again and again (warm restarts).
+
+    A finished run can so be trained further by a round, and resumed exactly.
+    """
+    return trapezoid(step % length, length)
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
