@@ -123,3 +123,20 @@ def draw_folder(folder: Path, count: int, seed: Sequence[int], size: int = 64) -
 
     world.save_folder([world.sample([*seed, i], size=size) for i in range(count)], folder)
     return folder
+
+
+FIGURES = (
+    "auc", "auc_ci95", "auc_signfree", "p_value", "tpr_at_fpr", "n_members", "n_non_members",
+    "queries_per_image",
+)  # fmt: skip
+
+
+def attack_rows(membership: Mapping[str, Any], **common: Any) -> list[dict[str, Any]]:
+    """One row an attack of the `membership` part of an audit, with what the rows have in common."""
+    rows = []
+    for name, found in membership["attacks"].items():
+        figures = {key: found[key] for key in FIGURES}
+        figures["tpr_at_fpr"] = {k: v for k, v in found["tpr_at_fpr"].items() if v is not None}
+        controls = {key: found["controls"][key] for key in ("base_model_auc", "blind_auc")}
+        rows.append({**common, "attack": name, **figures, **controls})
+    return rows

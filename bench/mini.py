@@ -92,8 +92,9 @@ def membership(n: int) -> dict[str, Any]:
         denoiser = load_base("mini", device="cpu")
         features = encode_pictures(denoiser, pictures, cache=False)
         denoiser.inject(1, 1, ["to_q"], text_encoder=False)  # B = 0: the bank wants an adapter
-        bank = build_bank(denoiser, features, pictures.hashes, Pairs.draw(denoiser, 16))
-    scores = -bank.of(OFF).mean(axis=1)
+        pairs = Pairs.draw(denoiser, 16)
+        bank = build_bank(denoiser, features, pictures, np.arange(2 * n) < n, pairs)
+        scores = -bank.of("errors", OFF).mean(axis=1)
     members, fresh = scores[:n], scores[n:]
     low, high = auc_interval(members, fresh)
     return {

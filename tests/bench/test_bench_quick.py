@@ -47,10 +47,36 @@ def test_inspect_speed(quick: Any) -> None:
 
 @pytest.mark.slow
 def test_bank_speed(quick: Any) -> None:
-    (row,) = quick("bank_speed")
+    row, suite = quick("bank_speed")
+    assert suite["evaluation_ratio"] <= 0.4
     assert {"base", "pictures", "pairs", "cold_s", "one_by_one_s", "ratio"} <= row.keys()
     assert row["difference"] < 1e-3  # both ways measure the same
     assert row["again_s"] < row["cold_s"] < row["one_by_one_s"]
+
+
+@pytest.mark.slow
+def test_membership(quick: Any) -> None:
+    rows = quick("membership")
+    assert {row["captions"] for row in rows} == {"known", "unknown"}
+    assert {"loss", "gsa1", "clid", "lira", "rmia", "secmi_nn", "mlp", "blackbox"} <= {
+        row["attack"] for row in rows
+    }
+    keys = "dataset base exposure rank seed captions attack auc auc_ci95 auc_signfree tpr_at_fpr "
+    keys += "base_model_auc blind_auc n_members n_non_members"
+    assert all(set(keys.split()) <= row.keys() for row in rows)
+
+
+@pytest.mark.slow
+def test_never_trained(quick: Any) -> None:
+    (row,) = quick("never_trained")
+    assert row["none_shown"] + row["refused"] >= 0.8  # ten splits; the table has 100
+
+
+@pytest.mark.slow
+def test_many_loras(quick: Any) -> None:
+    for row in quick("many_loras"):
+        assert {"k", "device", "base", "ratio"} <= row.keys()
+        assert row["difference"] < 1e-3  # both ways train the same LoRAs
 
 
 @pytest.mark.slow

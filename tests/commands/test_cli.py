@@ -216,3 +216,27 @@ def test_numbers_that_make_no_sense(
 ) -> None:
     code, _, err = run(capsys, "audit", lora(tmp_path / "a.safetensors"), *option)
     assert code == 2 and option[0] in err
+
+
+def test_a_background_job_can_be_stopped(monkeypatch, capsys) -> None:
+    """A job in the background ignores SIGINT; SIGTERM must stop it all the same, as an interruption."""
+    import signal
+    import time
+
+    from diffward.commands import main as entry
+
+    def run(name: str, args: list[str]) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        return 0
+
+    monkeypatch.setattr(entry, "_run", run)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            entry.main(["doctor"])
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert stopped.value.code == 3
+    assert "run the same command again" in capsys.readouterr().err

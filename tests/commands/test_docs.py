@@ -46,3 +46,10 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_page_of_attacks_names_them_all() -> None:
+    from diffward.membership.evaluate import ATTACKS
+
+    page = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
+    assert [name for name in ATTACKS.names() if f"`{name}`" not in page] == []

@@ -76,7 +76,11 @@ def test_train_and_audit(pictures: Path, tmp_path: Path) -> None:
     assert run(*audit) == 0
     report = json.loads((tmp_path / "audit" / "report.json").read_text())
     assert validate_report(report) == []
-    assert set(report["membership"]["attacks"]) == {"loss", "calibrated"}
+    assert {"calibrated", "clid", "gsa1", "adaptive"} < set(report["membership"]["attacks"])
+    assert set(report["membership"]["skipped"]) == {"lira", "lira_offline", "rmia"}
+    assert report["membership"]["exposure"]["source"] == "run.json"
+    made = report["membership"]["evaluations_per_image"]
+    assert made["made"] <= 0.4 * made["one_by_one"]
     rows = (tmp_path / "audit" / "scores.csv").read_text().splitlines()
     assert len(rows) == 25
     assert "<html" in (tmp_path / "audit" / "report.html").read_text()
@@ -114,6 +118,52 @@ def test_a_lora_that_was_never_trained_shows_nothing(pictures: Path, tmp_path: P
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["membership"]["attacks"]["calibrated"]["auc"] == 0.5
     assert next(q for q in report["questions"] if q["id"] == "membership")["level"] == "none_shown"
+
+
+def test_canaries_shadows_and_unknown_captions(pictures: Path, tmp_path: Path) -> None:
+    split, out = tmp_path / "coins.json", tmp_path / "run"
+    assert run("split", pictures, "--out", split, "--canaries", "--seed", "3") == 0
+    assert run("train", pictures, "--split", split, "--steps", "4", "--out", out) == 0
+    audit = ["audit", out / WEIGHTS, "--data", pictures, "--split", split, "--out", tmp_path / "a"]
+    wanted = ["--attacks", "loss_mc,lira,lira_offline,rmia,clid", "--captions", "unknown"]
+    more = ["--canaries", "--shadows", "4", "--shadow-epochs", "1"]
+    assert run(*audit, *wanted, *more) == 0
+    found = json.loads((tmp_path / "a" / "report.json").read_text())["membership"]
+    assert set(found["attacks"]) == {"loss_mc", "lira", "lira_offline", "rmia", "calibrated"}
+    assert found["captions"] == "unknown" and "captions" in found["skipped"]["clid"]
+    assert found["epsilon"]["attack"] == "calibrated" and found["epsilon"]["canaries"] == 23
+    assert len(list((tmp_path / "a" / "shadows").glob("*.safetensors"))) == 4
+
+
+def test_epsilon_wants_coins(pictures: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    assert run("train", pictures, "--holdout", "0.5", "--steps", "1", "--out", out) == 0
+    audit = ["audit", out / WEIGHTS, "--data", pictures, "--split", out / "split.json"]
+    assert run(*audit, "--canaries", "--out", tmp_path / "a") == 2
+    assert "diffward split --canaries" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_sides_that_differ_by_themselves_are_refused(pictures: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from diffward.models.mini import world
+
+    world.save_folder([world.sample([7, i], domain="portrait") for i in range(48)], tmp_path / "p")
+    for number in range(48):
+        picture = Image.open(tmp_path / "p" / f"{number:05d}.png")
+        folder = tmp_path / ("in" if number % 2 else "out")
+        folder.mkdir(exist_ok=True)
+        # The same pictures, but one side was saved harder.
+        picture.save(folder / f"{number}.jpg", quality=95 if number % 2 else 20)
+    assert run("train", tmp_path / "in", "--steps", "1", "--out", tmp_path / "run") == 0
+    audit = ["audit", tmp_path / "run" / WEIGHTS, "--members", tmp_path / "in"]
+    audit += ["--non-members", tmp_path / "out", "--attacks", "loss_mc,calibrated"]
+    assert run(*audit, "--out", tmp_path / "a") == 0
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    question = next(q for q in report["questions"] if q["id"] == "membership")
+    assert question["claim"] == "refused" and question["level"] is None
+    assert "control" in report["overall"]["headline"]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ImageOps
 
+from diffward.commands.split import split
 from diffward.data import (
     Manifest,
     Pictures,
@@ -20,7 +21,7 @@ from diffward.data import (
     random_split,
     select,
 )
-from diffward.data.split import _by_number, _by_share
+from diffward.data.split import _by_number, _by_share, coin_split
 from diffward.errors import InputError
 
 from .conftest import photo
@@ -187,9 +188,78 @@ def test_bad_manifests_are_one_line(tmp_path, content, what):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_early_manifests_have_no_kind(twins, tmp_path):
+    manifest = random_split(twins, seed=3)
+    path = tmp_path / "split.json"
+    manifest.save(path)
+    content = json.loads(path.read_text())
+    assert content.pop("kind") == "half"
+    path.write_text(json.dumps(content))
+    assert Manifest.load(path) == manifest and not manifest.is_coin
+    for kind in ("dice", None, ["coin"]):
+        path.write_text(json.dumps({**content, "kind": kind}))
+        with pytest.raises(InputError, match="not half or coin") as error:
+            Manifest.load(path)
+        assert str(path) in str(error.value)
+
+
 def test_missing_manifest(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         Manifest.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_coins(twins, seed, tmp_path):
+    manifest = coin_split(twins, seed=seed)
+    assert manifest.is_coin and manifest.kind == "coin" and manifest.seed == seed
+    used = [*manifest.members, *manifest.non_members]
+    # One picture of each group of near-duplicates has a coin, no more and no less.
+    assert len(used) == len(set(used)) == 12 and set(used) <= set(twins.hashes)
+    groups = near_duplicate_groups(twins)
+    assert [len({twins[i].sha256 for i in group} & set(used)) for group in groups] == [1] * 12
+    assert manifest.groups["left_out"] == 3 and manifest.groups["near_duplicate_groups"] == 3
+    path = tmp_path / "split.json"
+    manifest.save(path)
+    assert Manifest.load(path) == manifest and json.loads(path.read_text())["kind"] == "coin"
+    order = np.random.default_rng(seed).permutation(len(twins))
+    again = coin_split(twins.at(order), seed=seed)
+    assert (again.members, again.non_members) == (manifest.members, manifest.non_members)
+
+
+def test_coins_are_fair_and_independent(folder):
+    pictures = load_pictures(folder(*[f"{i}.png" for i in range(8)]))
+    # All eight fell alike with seed 45.
+    splits = [coin_split(pictures, seed=seed) for seed in range(121) if seed != 45]
+    flips = np.array([np.isin(sorted(pictures.hashes), split.members) for split in splits], float)
+    assert np.abs(flips.mean(axis=0) - 0.5).max() < 0.13
+    # Numbers of heads as of coins, not 4 of 8 each time; pairs of pictures do not go together.
+    assert flips.sum(axis=1).std() == pytest.approx(np.sqrt(2), abs=0.25)
+    assert np.abs(np.corrcoef(flips.T) - np.eye(8)).max() < 0.3
+
+
+def test_coins_that_fall_alike_are_one_line(folder):
+    pictures = load_pictures(folder("a.png", "b.png"))
+    with pytest.raises(InputError, match="all 2 coins fell alike with seed"):
+        for seed in range(20):
+            coin_split(pictures, seed=seed)
+    with pytest.raises(InputError, match="one picture: a split needs"):
+        coin_split(load_pictures(folder("a.png", root="single")))
+
+
+def test_split_command_flips_coins(folder, tmp_path, capsys):
+    root = folder(*[f"{i:02}.png" for i in range(8)])
+    ImageOps.mirror(photo(0)).save(root / "mirror.png")
+    out = tmp_path / "coins.json"
+    split(str(root), str(out), canaries=True, seed=1)
+    assert Manifest.load(out).is_coin
+    assert "left out: 1 near-duplicates" in capsys.readouterr().out
+    split(str(root), str(out))
+    assert not Manifest.load(out).is_coin
+    assert "left out" not in capsys.readouterr().out
+    for option in ({"members": 3}, {"non_members": 3}, {"member_share": 0.3}):
+        with pytest.raises(InputError, match=r"--canaries: .* no size") as error:
+            split(str(root), str(out), canaries=True, **option)
+        assert "\n" not in str(error.value)
 
 
 def test_select(twins):

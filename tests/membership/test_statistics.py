@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from scipy.stats import mannwhitneyu, norm
+from scipy.stats import ks_2samp, mannwhitneyu, norm
 from sklearn.metrics import roc_auc_score
 
 from diffward.errors import InputError
@@ -189,3 +189,170 @@ def test_at_chance():
 def test_an_honest_control_rarely_fails():
     failed = sum(not st.at_chance(*toy(0.5, 60, seed=seed)).ok for seed in range(500))
     assert failed <= 12
+
+
+def test_a_family_of_controls_rarely_fails():
+    # Audits of 20 controls at chance each; without the family one in six would fail.
+    audits = 100
+    off = [
+        [not st.at_chance(*toy(0.5, 40, seed=1000 * audit + k), family=20).ok for k in range(20)]
+        for audit in range(audits)
+    ]
+    assert np.any(off, axis=1).sum() <= 3
+    alone = st.at_chance(*toy(0.66, 60, seed=0))
+    one_of_many = st.at_chance(*toy(0.66, 60, seed=0), family=20)
+    assert 0.0005 < alone.p_value == one_of_many.p_value < 0.01
+    assert not alone.ok and one_of_many.ok and one_of_many.detectable > alone.detectable
+    assert "one of 20 controls: below 0.0005 counts" in one_of_many.reason
+    assert not st.at_chance(*toy(0.9, 60, seed=4), family=20).ok
+    with pytest.raises(InputError, match="family of 0"):
+        st.at_chance(*toy(0.5, 20, seed=0), family=0)
+
+
+def test_membership_p_value():
+    members, others = toy(0.7, 30, seed=1)
+    assert st.membership_p_value(members, others) == mannwhitneyu(members, others).pvalue
+    assert st.membership_p_value(others, members) == st.membership_p_value(members, others)
+    z = norm.isf(st.membership_p_value(members, others) / 2)
+    wide = st.membership_p_value(members, others, inflation=1.5)
+    assert norm.isf(wide / 2) == pytest.approx(z / 1.5)
+    assert st.membership_p_value([1.0, 1.0], [1.0, 1.0], inflation=2.0) == 1.0
+    assert st.membership_p_value(np.arange(2000.0) + 1e4, np.arange(2000.0), inflation=1.5) < 1e-99
+    with pytest.raises(InputError, match=r"inflation 0\.9"):
+        st.membership_p_value(members, others, inflation=0.9)
+
+
+def test_holm():
+    assert st.holm({"b": 0.04, "a": 0.01, "c": 0.03}) == pytest.approx(
+        {"b": 0.06, "a": 0.03, "c": 0.06}
+    )
+    assert list(st.holm({"b": 0.04, "a": 0.01})) == ["b", "a"]
+    assert st.holm({"a": 0.5, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+    assert st.holm({"a": 0.02}) == {"a": 0.02} and st.holm({}) == {}
+    for bad in (1.5, -0.1, float("nan")):
+        with pytest.raises(InputError, match="p-value of x"):
+            st.holm({"x": bad})
+    # The error of a family of 10, two of them strongly dependent.
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(2000):
+        p = rng.random(10)
+        p[1] = p[0]
+        wrong += min(st.holm({str(i): v for i, v in enumerate(p)}).values()) < 0.05
+    assert 0.03 < wrong / 2000 < 0.06
+
+
+def test_frozen_threshold_by_hand():
+    # k = floor(0.1 * 20) = 2: the second highest of 19 calibration scores, to be exceeded.
+    figures = st.tpr_at_frozen_threshold(
+        np.arange(19.0), [17.0, 17.5, 18, 30], [0.0, 1, 2, 17.2], 0.1
+    )
+    assert figures["threshold"] == 17.0 and figures["n_calibration"] == 19
+    assert (figures["tpr"], figures["fpr"]) == (0.75, 0.25)
+    assert figures["tpr_ci95"] == pytest.approx([0.1941, 0.9937], abs=1e-4)
+    with pytest.raises(InputError, match="at least 19 calibration non-members; there are 18"):
+        st.tpr_at_frozen_threshold(np.arange(18.0), [1.0, 2], [1.0, 2], 0.05)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        st.tpr_at_frozen_threshold(np.arange(18.0), [1.0, 2], [1.0, 2], 1.0)
+
+
+def test_frozen_threshold_keeps_its_word():
+    """Realised FPR at most 5 % on average; intervals that cover the truth of their threshold."""
+    rng = np.random.default_rng(0)
+    realised, covered = [], 0
+    for _ in range(400):
+        figures = st.tpr_at_frozen_threshold(
+            rng.normal(size=30), rng.normal(1, 1, 40), rng.normal(size=30), 0.05
+        )
+        realised.append(figures["fpr"])
+        low, high = figures["tpr_ci95"]
+        covered += low <= norm.sf(figures["threshold"] - 1) <= high
+    # floor(0.05 * 31) / 31
+    assert np.mean(realised) == pytest.approx(1 / 31, abs=0.006)
+    assert covered >= 0.95 * 400
+
+
+@pytest.mark.parametrize(
+    ("n", "given"), [(17, []), (18, ["0.1"]), (37, ["0.1"]), (38, ["0.05", "0.1"])]
+)
+def test_summarise_freezes_a_threshold_on_half_of_the_non_members(n, given):
+    members, others = toy(0.8, n, seed=1, m=25)
+    figures = st.summarise(members, others, seed=3)
+    assert [key for key, value in figures["frozen"].items() if value is not None] == given
+    assert set(figures["frozen_reason"]) == {"0.05", "0.1"} - set(given)
+    if not given:
+        assert (
+            f"needs at least 18 non-members, half of them to set the threshold; there are {n}"
+            in (figures["frozen_reason"]["0.1"])
+        )
+        return
+    frozen = figures["frozen"]["0.1"]
+    assert frozen["n_calibration"] == n // 2
+    # Which half does not depend on any score, and another seed takes another.
+    moved = st.summarise(members + 5, others, seed=3)["frozen"]["0.1"]
+    assert moved["threshold"] == frozen["threshold"]
+    thresholds = {
+        st.summarise(members, others, seed=s)["frozen"]["0.1"]["threshold"] for s in range(12)
+    }
+    assert len(thresholds) > 1
+
+
+def test_summarise_adds_delong_and_advantage():
+    members, others = toy(0.75, 60, seed=2, m=50)
+    figures = st.summarise(members, others)
+    assert figures["auc_delong_ci95"] == list(st.delong_ci(members, others))
+    assert figures["advantage"] == pytest.approx(ks_2samp(members, others).statistic)
+    assert st.advantage(-members, -others) == pytest.approx(figures["advantage"])
+    assert figures["inflation"] == 1.0
+    grouped = st.summarise(members, others, groups=(np.arange(50) // 2, np.arange(60) // 2))
+    assert grouped["frozen"] == {"0.05": None, "0.1": None}
+    json.dumps(grouped, allow_nan=False)
+
+
+def test_inflation_widens_the_intervals_of_the_auc_only():
+    members, others = toy(0.7, 60, seed=2)
+    plain, wide = st.summarise(members, others), st.summarise(members, others, inflation=1.5)
+    for key in ("auc_ci95", "auc_delong_ci95"):
+        assert np.diff(wide[key]) == pytest.approx(1.5 * np.diff(plain[key]))
+    assert wide["auc_signfree_ci95"] == list(st.signfree_interval(tuple(wide["auc_ci95"])))
+    same = ("auc", "tpr_at_fpr_ci95", "frozen", "advantage")
+    assert [wide[key] for key in same] == [plain[key] for key in same]
+    edge = st.summarise(np.arange(10.0) + 20, np.arange(10.0), inflation=3.0)
+    assert 0 <= edge["auc_ci95"][0] < 0.6 and edge["auc_ci95"][1] == 1.0
+    with pytest.raises(InputError, match="inflation"):
+        st.summarise(members, others, inflation=float("nan"))
+
+
+def training_runs(count: int, spread: float, seed: int, n: int = 40) -> list[tuple]:
+    """Runs with their own pictures; d' ~ N(1, spread), so the mean AUC is Phi(1 / sqrt(2 + s²))."""
+    rng = np.random.default_rng(seed)
+    shifts = rng.normal(1, spread, count)
+    return [(rng.normal(shift, 1, n), rng.normal(0, 1, n)) for shift in shifts]
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_cluster_interval_covers(count, spread):
+    truth = norm.cdf(1 / np.sqrt(2 + spread**2))
+    covered = 0
+    for seed in range(100):
+        runs = training_runs(count, spread, seed)
+        mean, (low, high) = st.cluster_interval(runs, n_boot=200, seed=seed)
+        assert mean == pytest.approx(np.mean([st.auc(*run) for run in runs]))
+        assert low <= mean <= high
+        covered += low <= truth <= high
+    assert covered >= 92
+
+
+def test_cluster_interval_of_shared_pictures():
+    # Five runs that say the same of the same pictures are no more than one.
+    one = training_runs(1, 0.0, seed=1)
+    _, alone = st.cluster_interval(one * 5)
+    _, shared = st.cluster_interval(one * 5, shared=True)
+    assert shared == pytest.approx(st.bootstrap(*one[0]), abs=0.01)
+    assert np.diff(shared) > 1.5 * np.diff(alone)
+    assert st.cluster_interval(one * 5) == st.cluster_interval(one * 5)
+    with pytest.raises(InputError, match="1 training runs"):
+        st.cluster_interval(one)
+    with pytest.raises(InputError, match="as many scores"):
+        st.cluster_interval([one[0], (one[0][0][:9], one[0][1])], shared=True)

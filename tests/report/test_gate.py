@@ -8,7 +8,7 @@ from diffward.errors import InputError
 from diffward.report.build import build_report
 from diffward.report.gate import Gate, parse_gate
 
-from .audit_examples import LEAKS, SUBJECT, audit
+from .audit_examples import LEAKS, SUBJECT, audit, audit_of_twenty, membership_of
 
 
 def report(shift=2.0, leaks=(), **controls):
@@ -49,12 +49,25 @@ def test_crossed(spec, shift, crossed):
 
 def test_reason_names_attack_and_figure():
     lines = parse_gate("auc=0.6").crossed(report(2.0))
-    assert len(lines) == 2 and "above 0.6" in lines[0] and "loss" in lines[0]
+    assert len(lines) == 2 and "above 0.6" in lines[0]
+    assert "calibrated" in lines[0] and "loss" in lines[1]
+
+
+def test_the_worst_attacks_are_named_and_luck_is_called_so():
+    found = audit_of_twenty(share=0.0)[0]
+    lines = parse_gate("auc=0.5").crossed(build_report(SUBJECT, [], found))
+    assert len(lines) == 4 and lines[-1] == "auc: 17 more attacks are above it"
+    assert all("that may be luck (p = 1)" in line for line in lines[:3])
+    figures = [float(line.split(" is ")[1].split(",")[0]) for line in lines[:3]]
+    assert figures == sorted(figures, reverse=True)
+    assert parse_gate("level=none_shown").crossed(build_report(SUBJECT, [], found)) == []
 
 
 def test_fails_closed():
     assert parse_gate("tpr@0.01=0.5").crossed(report(0.0)) != []  # too few non-members
     assert parse_gate("auc=0.9").crossed(build_report(SUBJECT)) != []  # no pictures
+    nothing_run = build_report(SUBJECT, [], membership_of({}, skipped={"lira": "needs shadows"}))
+    assert "no attack could be run" in parse_gate("level=critical").crossed(nothing_run)[0]
     refused = report(0.0, blind_ok=False, blind_auc=0.8)
     assert "control failed" in parse_gate("level=critical").crossed(refused)[0]
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 
 def audit(
     file: str,
@@ -10,7 +12,14 @@ def audit(
     split: str | None = None,
     out: str = "runs/audit",
     fail_above: str | None = None,
+    attacks: str = "standard",
+    captions: Literal["known", "unknown"] = "known",
     pairs: int = 16,
+    shadows: int = 0,
+    shadow_epochs: float = 50.0,
+    shadow_lr: float = 1e-3,
+    cluster: Literal["ray"] | None = None,
+    canaries: bool = False,
     batch: int | None = None,
     seed: int = 0,
     image_column: str | None = None,
@@ -37,7 +46,15 @@ def audit(
         data: folder with both, divided by --split.
         split: manifest of `diffward split`, or OUT/split.json of `diffward train --holdout`.
         fail_above: exit with 1 above this: auc=0.6, tpr@0.05=0.2 or level=medium.
+        attacks: standard, thorough (all of `diffward list attacks`), or names with commas between.
+        captions: whether the attacker knows the captions.
         pairs: noise draws a picture; more are slower and surer.
+        shadows: train so many LoRAs on random halves of the pictures, for lira and rmia; they are kept in
+            OUT/shadows, and a stopped run goes on. 8 to 16 are usual, 4 the least.
+        shadow_epochs: passes over each picture of a shadow; as many as the audited LoRA had.
+        shadow_lr: learning rate of the shadows.
+        cluster: ray trains the shadows as Ray tasks (pip install diffward[cluster]).
+        canaries: bound epsilon from below; the split must come from `diffward split --canaries`.
         batch: samples in one pass; by default what fits the size.
         thumbnails: put small copies of the pictures into the page. Page and scores name the pictures and
             tell which were trained on: they are for you, not for passing on.
@@ -45,22 +62,21 @@ def audit(
     """
     from pathlib import Path
 
-    from diffward.errors import InputError
     from diffward.lora import open_lora
-    from diffward.report.audit import audit_lora, load_sides
+    from diffward.membership.evaluate import chosen_attacks as check_attacks
+    from diffward.report.audit import AuditOptions, audit_lora, load_sides
     from diffward.report.build import write_report
     from diffward.report.gate import parse_gate
     from diffward.report.terminal import show_report
 
     config = dict(locals())
     config = {k: v for k, v in config.items() if isinstance(v, str | int | float | bool | None)}
-    for option, value, least in (
-        ("pairs", pairs, 2),
-        ("seed", seed, 0),
-        ("batch", 1 if batch is None else batch, 1),
-    ):
-        if value < least:
-            raise InputError(f"--{option} {value}: must be at least {least}")
+    options = AuditOptions(
+        attacks=attacks, captions=captions, pairs=pairs, canaries=canaries, shadows=shadows,
+        shadow_epochs=shadow_epochs, shadow_lr=shadow_lr, shadow_folder=Path(out) / "shadows", cluster=cluster,
+        batch=batch, seed=seed, cache=cache,
+    )  # fmt: skip
+    check_attacks(attacks)
     gate = parse_gate(fail_above) if fail_above else None
     open_lora(file)  # bad files are named before anything heavy is loaded
     columns = {
@@ -79,15 +95,7 @@ def audit(
             base, device=device, precision=precision, resolution=resolution, config=base_config
         )
     report, per_image = audit_lora(
-        denoiser,
-        file,
-        sides,
-        pairs=pairs,
-        batch=batch,
-        seed=seed,
-        cache=cache,
-        thumbnails=thumbnails,
-        config=config,
+        denoiser, file, sides, options, thumbnails=thumbnails, config=config
     )
     page, _ = write_report(report, per_image, Path(out))
     show_report(report)

@@ -28,6 +28,11 @@ COMMANDS = {
 }
 
 
+def _stop(*_: object) -> NoReturn:
+    """To be asked to stop is like Ctrl-C. Not through SIGINT: a job in the background ignores that."""
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one command; exits with 0, 1 (a gate was crossed), 2 (wrong input) or 3 (interrupted)."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -41,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     if name not in COMMANDS:
         _fail(f"diffward: unknown command {name!r}; known: {', '.join(COMMANDS)}")
     # A scheduler's stop is as good a reason to save as Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _stop)
     try:
         raise SystemExit(_run(name, args))
     except DiffwardError as error:

@@ -9,13 +9,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from diffward.data.pictures import Pictures
 from diffward.errors import InputError
 from diffward.files import write_json
 
 SCHEMA = "diffward.split/1"
+Kind = Literal["half", "coin"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -29,6 +31,8 @@ class Manifest:
         groups: what the search for near-duplicates found, as counts.
         source: what the pictures were, without paths and names.
         crossing: (member, non-member) pairs of near-duplicates; empty in a random split.
+        kind: "coin" if an independent fair coin decided each picture, which a lower bound on
+            epsilon needs; "half" for every other split, also into unequal parts or by the user.
     """
 
     members: list[str]
@@ -37,13 +41,21 @@ class Manifest:
     groups: dict[str, int] = field(default_factory=dict)
     source: str = ""
     crossing: list[tuple[str, str]] = field(default_factory=list)
+    kind: Kind = "half"
+
+    @property
+    def is_coin(self) -> bool:
+        """Whether each picture was put in or out by an independent fair coin."""
+        return self.kind == "coin"
 
     def check(self, pictures: Pictures | None = None) -> None:
         """
         Raises:
-            InputError: a picture is on both sides (named, where `pictures` knows it), or a side
-                is empty.
+            InputError: a picture is on both sides (named, where `pictures` knows it), a side is
+                empty, or the kind is not known.
         """
+        if self.kind not in KINDS:
+            raise InputError(f"the split is of kind {self.kind!r}, not {' or '.join(KINDS)}")
         both = [digest for digest in self.members if digest in set(self.non_members)]
         if both:
             names = {picture.sha256: picture.name for picture in pictures or ()}
@@ -64,6 +76,7 @@ class Manifest:
                 "schema": SCHEMA,
                 "source": self.source,
                 "seed": self.seed,
+                "kind": self.kind,
                 "groups": self.groups,
                 "members": self.members,
                 "non_members": self.non_members,
@@ -97,6 +110,7 @@ class Manifest:
             groups=groups if isinstance(groups, dict) else {},
             source=str(data.get("source", "")),
             crossing=[(str(a), str(b)) for a, b in _pairs(data.get("crossing"))],
+            kind=data.get("kind", "half"),  # `check` refuses others; early manifests have none
         )
         try:
             manifest.check()

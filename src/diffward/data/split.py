@@ -1,4 +1,4 @@
-"""The random split, with near-duplicates kept on one side."""
+"""The random splits: into parts of a size, near-duplicates on one side, or by coin flips."""
 
 from __future__ import annotations
 
@@ -41,11 +41,7 @@ def random_split(
     if not 0 < member_share < 1:
         raise InputError(f"member_share {member_share}: give a share between 0 and 1")
     groups, total = _groups(pictures, poses)
-    if len(groups) < 2:
-        what = "one picture" if total == 1 else f"{total} pictures, all near-duplicates"
-        raise InputError(
-            f"{what}: a split needs pictures that differ on both sides; add other pictures"
-        )
+    _check_groups(groups, total)
     rng = np.random.default_rng(seed)
     shuffled = [
         [groups[g][i] for i in rng.permutation(len(groups[g]))]
@@ -55,23 +51,68 @@ def random_split(
         sides = _by_share(shuffled, member_share * total)
     else:
         sides = _by_number(shuffled, n_members, n_non_members, total)
-    large = [len(group) for group in groups if len(group) > 1]
     manifest = Manifest(
         members=sides[0],
         non_members=sides[1],
         seed=seed,
-        groups={
-            "pictures": len(pictures),
-            "exact_copies": len(pictures) - total,
-            "near_duplicate_groups": len(large),
-            "pictures_in_them": sum(large),
-            "largest": max(large, default=1),
-            "left_out": total - len(sides[0]) - len(sides[1]),
-        },
+        groups=_counts(pictures, groups, total, len(sides[0]) + len(sides[1])),
         source=pictures.layout,
     )
     manifest.check(pictures)
     return manifest
+
+
+def coin_split(pictures: Pictures, *, seed: int = 0, poses: bool = True) -> Manifest:
+    """A fair coin for each picture: heads is a member. The canaries of `membership.epsilon`.
+
+    Near-duplicates are no independent canaries: of each group of them one picture drawn at random
+    has a coin, the others are on no side (`groups["left_out"]`). The same pictures and seed give
+    the same split whatever their order and file names. `poses` as in `near_duplicate_groups`.
+
+    Raises:
+        InputError: fewer than two pictures that differ, or so few that all coins fell alike.
+    """
+    groups, total = _groups(pictures, poses)
+    _check_groups(groups, total)
+    rng = np.random.default_rng(seed)
+    canaries = [group[int(rng.integers(len(group)))] for group in groups]
+    heads = rng.integers(0, 2, len(canaries)).astype(bool)
+    if heads.all() or not heads.any():
+        raise InputError(
+            f"all {len(canaries)} coins fell alike with seed {seed}: coins need more pictures that "
+            "differ, hundreds to bound epsilon; add some"
+        )
+    manifest = Manifest(
+        members=[digest for digest, head in zip(canaries, heads, strict=True) if head],
+        non_members=[digest for digest, head in zip(canaries, heads, strict=True) if not head],
+        seed=seed,
+        groups=_counts(pictures, groups, total, len(canaries)),
+        source=pictures.layout,
+        kind="coin",
+    )
+    manifest.check(pictures)
+    return manifest
+
+
+def _check_groups(groups: list[list[str]], total: int) -> None:
+    if len(groups) < 2:
+        what = "one picture" if total == 1 else f"{total} pictures, all near-duplicates"
+        raise InputError(
+            f"{what}: a split needs pictures that differ on both sides; add other pictures"
+        )
+
+
+def _counts(pictures: Pictures, groups: list[list[str]], total: int, dealt: int) -> dict[str, int]:
+    """A manifest's `groups`; `dealt` pictures are on one side or the other."""
+    large = [len(group) for group in groups if len(group) > 1]
+    return {
+        "pictures": len(pictures),
+        "exact_copies": len(pictures) - total,
+        "near_duplicate_groups": len(large),
+        "pictures_in_them": sum(large),
+        "largest": max(large, default=1),
+        "left_out": total - dealt,
+    }
 
 
 def _groups(pictures: Pictures, poses: bool) -> tuple[list[list[str]], int]:

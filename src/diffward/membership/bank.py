@@ -1,15 +1,14 @@
-"""The score bank: one cached tensor of errors that every loss-like attack is arithmetic on.
+"""The score bank: what the adapted model and its base answer about N pictures.
 
-errors[model, condition, picture, pair]: mean squared error of the denoiser on one picture noised
-with one fixed (t, eps), adapter on or off. The same pairs serve every picture and both models
-(common random numbers), so that differences are not noise.
+answers[probe, model] is (N, …). Every attack is arithmetic on it, so attacks share what they ask:
+the plain errors serve nearly all of them. The same (t, eps) pairs serve every picture and both
+models (common random numbers), so that differences are not noise.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,137 +17,206 @@ from torch import Tensor
 
 from diffward.data import FeatureCache, cache_root
 from diffward.errors import InputError
+from diffward.membership import probes  # noqa: F401  (registers the probes)
+from diffward.membership.live import (
+    Conditions,
+    Crops,
+    factor_shapes,
+    fresh_factors,
+    picture_key,
+)
+from diffward.membership.pairs import Layout, Pairs
+from diffward.membership.probe import OFF, ON, PROBES, Query
 from diffward.progress import progress
 
 if TYPE_CHECKING:
+    from diffward.data import Pictures
+    from diffward.lora import LoraWeights
+    from diffward.membership.crossfit import Fit
+    from diffward.membership.shadow import Shadows
     from diffward.models.denoiser import Denoiser
     from diffward.models.features import Features
 
-ON, OFF = "on", "off"
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """K fixed (t, eps) pairs: t stratified over the schedule, eps from the seed.
-
-    Nothing about them is chosen on the pictures that are judged.
-    """
-
-    t: Tensor
-    eps: Tensor
-    seed: int
-
-    @classmethod
-    def draw(cls, denoiser: Denoiser, count: int, seed: int = 0) -> Pairs:
-        if count < 2:
-            raise InputError(f"--pairs {count}: at least 2 noise draws a picture are needed")
-        steps = denoiser.schedule.config.num_train_timesteps
-        t = ((torch.arange(count) + 0.5) * steps / count).long()
-        generator = torch.Generator().manual_seed(seed)
-        return cls(t, torch.randn((count, *denoiser.latent_shape), generator=generator), seed)
-
-    def __len__(self) -> int:
-        return len(self.t)
+__all__ = ["OFF", "ON", "Bank", "Layout", "Pairs", "bank_of_arrays", "build_bank"]
 
 
 @dataclass(frozen=True)
 class Bank:
-    """errors (M, C, N, K) float64; `models` and `conditions` name the first two axes."""
+    """Answers about N pictures, computed when they are first asked for.
 
-    errors: np.ndarray
-    models: tuple[str, ...]
-    conditions: tuple[str, ...]
-    timesteps: np.ndarray
-    evaluations: int = 0
+    Attributes:
+        ask: (probe, model) to (N, …).
+        layout: the pairs.
+        is_member: bool (N,). An attack must not look: `crossfit` does, and hides from each model the
+            pictures that it will score.
+        groups: (N,) near-duplicates share a number; None where every picture is its own.
+        captions: whether the pictures have captions that tell them apart.
+        shadows: errors under LoRAs trained on random halves of the same pictures, if there are any.
+        seed: of cross-fitting.
+        base: whether this is a base playing the adapted model, the control.
+        evaluations: {(probe, model): denoiser evaluations made}, filled as answers are computed.
+    """
 
-    def of(self, model: str, condition: str = "caption") -> np.ndarray:
-        """Errors (N, K) of one model under one condition."""
-        return self.errors[self.models.index(model), self.conditions.index(condition)]
+    ask: Callable[[str, str], np.ndarray]
+    layout: Layout
+    is_member: np.ndarray
+    groups: np.ndarray | None = None
+    captions: bool = True
+    shadows: Shadows | None = None
+    seed: int = 0
+    base: bool = False
+    evaluations: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.is_member)
+
+    def of(self, probe: str, model: str = ON) -> np.ndarray:
+        """The answers (N, …), float64."""
+        return self.ask(probe, model)
+
+    def gain(self) -> np.ndarray:
+        """What the adapter made easier (N, K): base error less error, one column a pair."""
+        return self.of("errors", OFF) - self.of("errors", ON)
+
+    def crossfit(self, features: np.ndarray, fit: Fit | None = None) -> np.ndarray:
+        """Scores (N,) of a classifier that learns to tell members, each picture by models that never saw it."""
+        from diffward.membership.crossfit import crossfit, logistic
+
+        return crossfit(
+            features, self.is_member, fit or logistic(), groups=self.groups, seed=self.seed
+        )
 
     def as_base(self) -> Bank:
         """The bank of an audit of the base by itself: a control that must come out at chance.
 
-        Even pairs play the adapter, odd pairs the base, so that a difference of the two is a real
-        measurement and not zero by construction.
+        Of answers that run over pairs, even pairs play the adapter and odd pairs the base, so that
+        a difference of the two is a real measurement and not zero by construction. Other answers
+        have no second measurement: an attack must not calibrate them.
         """
-        base = self.errors[self.models.index(OFF)]
-        even, odd = base[..., 0::2], base[..., 1::2]
-        size = min(even.shape[-1], odd.shape[-1])
-        errors = np.stack([even[..., :size], odd[..., :size]])
-        return Bank(errors, (ON, OFF), self.conditions, self.timesteps[0::2][:size])
+
+        def ask(probe: str, model: str) -> np.ndarray:
+            answers = self.ask(probe, OFF)
+            if not PROBES[probe].extra["paired"]:
+                if model == OFF:
+                    raise ValueError(f"probe {probe!r} cannot be calibrated: it has no pairs")
+                return answers
+            size = answers.shape[-1] // 2
+            return answers[..., (0 if model == ON else 1) :: 2][..., :size]
+
+        return replace(self, ask=ask, layout=self.layout.halved(), base=True)
+
+
+def bank_of_arrays(
+    answers: Mapping[tuple[str, str], np.ndarray],
+    is_member: np.ndarray,
+    timesteps: np.ndarray | None = None,
+    **more: object,
+) -> Bank:
+    """A bank of given answers, {(probe, model): (N, …)}."""
+    ready = {key: np.asarray(value, dtype=np.float64) for key, value in answers.items()}
+    if timesteps is None:
+        count = ready["errors", ON].shape[1] if ("errors", ON) in ready else 16
+        timesteps = ((np.arange(count) + 0.5) * 1000 / count).astype(int)
+    layout = Layout.of(len(timesteps), np.asarray(timesteps))
+    return Bank(lambda probe, model: ready[probe, model], layout, np.asarray(is_member), **more)  # type: ignore[arg-type]
 
 
 def build_bank(
     denoiser: Denoiser,
     features: Features,
-    hashes: Sequence[str],
+    pictures: Pictures,
+    is_member: np.ndarray,
     pairs: Pairs,
     *,
+    weights: LoraWeights | None = None,
     adapter_id: str | None = None,
+    groups: np.ndarray | None = None,
+    shadows: Shadows | None = None,
     batch: int | None = None,
+    seed: int = 0,
 ) -> Bank:
-    """Errors of every picture under its caption, adapter on and off.
+    """The bank of pictures on a denoiser with an adapter attached.
 
     Args:
-        hashes: of the pictures, in the order of `features`.
-        adapter_id: hash of the adapter's file: errors are then cached on disk, so that an
-            interrupted audit goes on and the base's errors serve every LoRA. None keeps nothing.
+        features: of `pictures`, in their order. All captions empty: they count as unknown.
+        weights: the LoRA's, for white-box probes.
+        adapter_id: hash of the adapter's file: answers are then cached on disk, so that an
+            interrupted audit goes on and the base's answers serve every LoRA. None keeps nothing.
         batch: denoiser inputs in one forward pass; what fits the size by default.
 
     Raises:
-        InputError: errors are not finite (a broken adapter).
+        InputError: when asked: an answer is not finite (a broken adapter).
     """
-    before = denoiser.evaluations
     batch = batch or denoiser.unet_batch
-    keys = [_key(h, c) for h, c in zip(hashes, features.captions, strict=True)]
-    pair_id = f"{denoiser.unet_identity}-{denoiser.resolution}-{len(pairs)}-{pairs.seed}-{denoiser.compute_dtype}"
-    on_text = None
-    if denoiser.adapts_text:
-        with denoiser.adapter(True):
-            on_text = denoiser.condition(features.captions)
-    chunk = max(1, batch // len(pairs))
-    tables = []
-    with progress("score", 2 * len(keys)) as bar:
-        for model in (ON, OFF):
-            who = adapter_id if model == ON else "base"
-            root = cache_root() / "scores" if adapter_id is not None else None
-            store = FeatureCache(root, f"{pair_id}-{who}".replace("torch.", ""))
-            text = on_text if model == ON else None
-            compute = _computer(denoiser, features, pairs, text, model == ON, batch, bar.advance)
-            tables.append(store.get_or_compute(keys, compute, max(chunk, 16)))
-    errors = torch.stack(tables)[:, None].double().numpy()
-    if not np.isfinite(errors).all():
-        raise InputError(
-            "the model's errors are not finite with this adapter: the file is broken, or for another base"
-        )
-    return Bank(errors, (ON, OFF), ("caption",), pairs.t.numpy(), denoiser.evaluations - before)
-
-
-def _computer(
-    denoiser: Denoiser, features: Features, pairs: Pairs, text: Tensor | None, on: bool, batch: int,
-    advance: Callable[..., None],
-) -> Callable[[list[int]], Tensor]:  # fmt: skip
-    """Errors (n, K) of pictures by index, float32: forward passes of `batch` (picture, pair)s."""
+    keys = [picture_key(h, c) for h, c in zip(pictures.hashes, features.captions, strict=True)]
+    conditions = Conditions(denoiser, features.captions)
+    crops = Crops(denoiser, pictures, keep=adapter_id is not None)
     device = denoiser.device
-    t_all, eps_all = pairs.t.to(device), pairs.eps.to(device)
+    texts = torch.arange(len(keys), device=device)
+    made: dict[tuple[str, str], int] = {}
+    ready: dict[tuple[str, str], np.ndarray] = {}
+    along: dict[str, LoraWeights] = {}
 
-    @torch.no_grad()
-    def compute(indices: list[int]) -> Tensor:
-        rows = torch.tensor(indices, device=device)
-        picture = rows.repeat_interleave(len(pairs))
-        pair = torch.arange(len(pairs), device=device).repeat(len(rows))
-        found = []
-        with denoiser.adapter(on):
-            for start in range(0, len(picture), batch):
-                p, k = picture[start : start + batch], pair[start : start + batch]
-                conditioning = features.conditioning(p) if text is None else text[p]
-                errors = denoiser.errors(features.latents[p], t_all[k], eps_all[k], conditioning)
-                found.append(errors.mean(dim=(1, 2, 3)))
-        advance(by=len(indices))
-        return torch.cat(found).view(len(rows), len(pairs)).cpu()
+    def query(rows: Tensor, model: str) -> Query:
+        def text(name: str) -> Tensor:
+            if name == "caption" and (model == OFF or not denoiser.adapts_text):
+                return features.conditioning(rows)
+            return conditions.of(name, model)[texts[rows]]
 
-    return compute
+        def factors() -> LoraWeights:
+            if model not in along:
+                along[model] = fresh_factors(denoiser, weights, model, seed)
+            return along[model]
+
+        return Query(
+            denoiser, features.latents[rows], rows, text, lambda share: crops.of(share)[rows.cpu()].to(device),
+            pairs, factors, batch, model,
+        )  # fmt: skip
+
+    def ask(probe: str, model: str) -> np.ndarray:
+        if (probe, model) in ready:
+            return ready[probe, model]
+        entry = PROBES[probe]
+        width = entry.extra.get("width") or max(1, entry.extra["evaluations"](pairs.layout))
+        before = denoiser.evaluations
+        with progress(f"ask {probe}, {model}", len(keys)) as bar:
+
+            @torch.no_grad()
+            def compute(indices: list[int]) -> Tensor:
+                with denoiser.adapter(model == ON):
+                    parts = []
+                    size = max(1, batch // width)
+                    for start in range(0, len(indices), size):
+                        rows = torch.tensor(indices[start : start + size], device=device)
+                        parts.append(entry.obj(query(rows, model)).float().cpu())
+                        bar.advance(by=len(rows))
+                return torch.cat(parts)
+
+            root = cache_root() / "scores" if adapter_id is not None else None
+            where = (
+                f"{probe}-{denoiser.unet_identity}-{denoiser.resolution}-{len(pairs)}-{pairs.seed}"
+            )
+            who = adapter_id if model == ON else "base"
+            if entry.extra.get("factors") and model == OFF:
+                who = f"base-{seed}-{factor_shapes(weights)}"  # along fresh factors of these shapes
+            store = FeatureCache(
+                root, f"{where}-{denoiser.compute_dtype}-{who}".replace("torch.", "")
+            )
+            answers = store.get_or_compute(keys, compute, max(batch // width, 16)).double().numpy()
+        if not np.isfinite(answers).all():
+            raise InputError(
+                "the model's errors are not finite with this adapter: the file is broken, or for another base"
+            )
+        made[probe, model] = denoiser.evaluations - before
+        ready[probe, model] = answers
+        return answers
+
+    return Bank(
+        ask, pairs.layout, np.asarray(is_member, dtype=bool), groups, any(features.captions), shadows, seed,
+        evaluations=made,
+    )  # fmt: skip
 
 
-def _key(picture: str, caption: str) -> str:
-    return hashlib.sha256(f"{picture}\0{caption}".encode()).hexdigest()
+def evaluations_made(banks: Sequence[Bank]) -> int:
+    """Denoiser evaluations that these banks cost."""
+    return sum(sum(bank.evaluations.values()) for bank in banks)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from diffward.models.denoiser import Denoiser
@@ -32,26 +33,51 @@ def sample(
     null = denoiser.condition([""])
     for start in range(0, len(captions), batch):
         texts = list(captions[start : start + batch])
-        conditioning = torch.cat([null.expand(len(texts), -1, -1), denoiser.condition(texts)])
         generators = [_generator(seed, start + i) for i in range(len(texts))]
-        latents = torch.stack([torch.randn(denoiser.latent_shape, generator=g) for g in generators])
-        scheduler = type(denoiser.sampler).from_config(denoiser.sampler.config)
-        scheduler.set_timesteps(steps, device=denoiser.device)
-        latents = latents.to(denoiser.device) * scheduler.init_noise_sigma
-        # Schedulers that add noise on the way would draw it from the global generator.
-        own = (
-            {"generator": generators}
-            if "generator" in inspect.signature(scheduler.step).parameters
-            else {}
+        latents = sample_latents(
+            denoiser, denoiser.condition(texts), null, generators, steps=steps, guidance=guidance
         )
-        for t in scheduler.timesteps:
-            double = scheduler.scale_model_input(torch.cat([latents, latents]), t)
-            times = t.to(denoiser.device).expand(len(double))
-            without, with_text = denoiser.predict(double, times, conditioning).chunk(2)
-            guided = without + guidance * (with_text - without)
-            latents = scheduler.step(guided, t, latents, **own).prev_sample
         pictures.append(denoiser.decode(latents))
     return np.concatenate(pictures)
+
+
+@torch.no_grad()
+def sample_latents(
+    denoiser: Denoiser,
+    conditioning: Tensor,
+    null: Tensor,
+    generators: Sequence[torch.Generator],
+    *,
+    steps: int = 20,
+    guidance: float = 5.0,
+    scheduler: Any = None,
+) -> Tensor:
+    """Draw latents (n, C, h, w) from conditioning (n, L, D), in one batch.
+
+    Args:
+        null: conditioning of the empty caption, (1, L, D) or (n, L, D).
+        generators: one a picture, on the CPU: all that it depends on besides its conditioning.
+        scheduler: a fresh one; of the base's own kind by default.
+    """
+    both = torch.cat([null.expand(len(conditioning), -1, -1), conditioning])
+    latents = torch.stack([torch.randn(denoiser.latent_shape, generator=g) for g in generators])
+    if scheduler is None:
+        scheduler = type(denoiser.sampler).from_config(denoiser.sampler.config)
+    scheduler.set_timesteps(steps, device=denoiser.device)
+    latents = latents.to(denoiser.device) * scheduler.init_noise_sigma
+    # Schedulers that add noise on the way would draw it from the global generator.
+    own = (
+        {"generator": list(generators)}
+        if "generator" in inspect.signature(scheduler.step).parameters
+        else {}
+    )
+    for t in scheduler.timesteps:
+        double = scheduler.scale_model_input(torch.cat([latents, latents]), t)
+        times = t.to(denoiser.device).expand(len(double))
+        without, with_text = denoiser.predict(double, times, both).chunk(2)
+        guided = without + guidance * (with_text - without)
+        latents = scheduler.step(guided, t, latents, **own).prev_sample
+    return latents
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

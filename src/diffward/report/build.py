@@ -6,16 +6,24 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
 from diffward.errors import InputError
 from diffward.files import write_json, write_text
 from diffward.membership.statistics import p_values
+from diffward.report.advice import training_methods
 from diffward.report.html import render_report
-from diffward.report.schema import SCHEMA, Attack, Leak, Question, Subject
-from diffward.report.verdict import best_attack, membership_question, metadata_question, overall
+from diffward.report.schema import SCHEMA, Leak, Membership, Question, Subject
+from diffward.report.verdict import (
+    best_attack,
+    membership_level,
+    membership_question,
+    metadata_question,
+    not_run_question,
+    overall,
+)
 
 SCORES_FILE = "scores.csv"
 
@@ -36,7 +44,7 @@ class PerImage(TypedDict):
 def build_report(
     subject: Mapping[str, Any],
     leaks: Sequence[Mapping[str, Any]] = (),
-    attacks: Mapping[str, Mapping[str, Any]] | None = None,
+    membership: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     questions: Sequence[Question] = (),
 ) -> dict[str, Any]:
@@ -44,19 +52,23 @@ def build_report(
 
     subject     keys of `schema.Subject`, others are dropped (an `inspect --json` dict will do)
     leaks       [{key, reveals, category?}], as `inspect` finds them
-    attacks     {NAME: {**statistics.summarise(...), access, queries_per_image, controls}}, controls
-                as in `schema.Controls`; None or {} if no pictures were given
+    membership  keys of `schema.Membership` but `best` and `per_image`; `attacks` is {NAME:
+                {**statistics.summarise(...), p_value, p_holm, access, queries_per_image, controls}},
+                empty if none could be run; None if no pictures were given
     provenance  {diffward, torch, diffusers, device, seeds, wall_seconds, config}; paths and numpy
                 values are turned into strings and numbers
     questions   further answers (identity, copies, ...), as `schema.Question`
     """
     plain_leaks: list[Leak] = plain(list(leaks))
     answers = [metadata_question(plain_leaks)]
-    membership = None
-    if attacks:
-        figures: dict[str, Attack] = plain(attacks)
-        answers.append(membership_question(figures))
-        membership = {"attacks": figures, "best": best_attack(figures), "per_image": SCORES_FILE}
+    found: Membership | None = None
+    if membership and membership["attacks"]:
+        found = _membership(membership)
+        level = membership_level(found["attacks"][found["best"]], len(found["attacks"]))
+        methods = training_methods() if level != "none_shown" else []
+        answers.append(membership_question(found, subject.get("rank"), methods))
+    elif membership:
+        answers.append(not_run_question(membership["skipped"]))
     answers += questions
     return {
         "schema": SCHEMA,
@@ -64,7 +76,7 @@ def build_report(
         "overall": overall(answers),
         "questions": answers,
         "leaks": plain_leaks,
-        "membership": membership,
+        "membership": found,
         "provenance": plain(provenance or {}),
     }
 
@@ -77,14 +89,14 @@ def write_report(
     Raises InputError if the columns of `per_image` differ in length or lack an attack.
     """
     out = Path(out)
-    exposure = None
+    rarity = None
     if report["membership"] and per_image is None:
         raise InputError("a report with membership figures needs the scores of the pictures")
     scores = None
     if per_image is not None and report["membership"]:
-        exposure = _exposure(report, per_image)
-        scores = scores_csv(per_image, exposure)
-    page = render_report(report, per_image, exposure)
+        rarity = _rarity(report, per_image)
+        scores = scores_csv(per_image, rarity)
+    page = render_report(report, per_image, rarity)
     if scores is not None:
         write_text(out / SCORES_FILE, scores)
     write_json(out / "report.json", report)
@@ -92,7 +104,7 @@ def write_report(
     return out / "report.html", out / "report.json"
 
 
-def scores_csv(per_image: PerImage, exposure: Sequence[float]) -> str:
+def scores_csv(per_image: PerImage, rarity: Sequence[float]) -> str:
     """CSV text: file, sha256, member (1 or 0), one column an attack, p_value of the best attack."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -101,7 +113,7 @@ def scores_csv(per_image: PerImage, exposure: Sequence[float]) -> str:
     for index, file in enumerate(per_image["file"]):
         scores = [repr(float(per_image["scores"][name][index])) for name in names]
         row = [_cell(file), per_image["sha256"][index], int(per_image["member"][index])]
-        writer.writerow([*row, *scores, f"{exposure[index]:.6g}"])
+        writer.writerow([*row, *scores, f"{rarity[index]:.6g}"])
     return buffer.getvalue()
 
 
@@ -122,7 +134,14 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def _exposure(report: Mapping[str, Any], per_image: PerImage) -> list[float]:
+def _membership(given: Mapping[str, Any]) -> Membership:
+    kept = Membership.__annotations__
+    found: dict[str, Any] = plain({key: value for key, value in given.items() if key in kept})
+    best = best_attack(found["attacks"])
+    return cast(Membership, {**found, "best": best, "per_image": SCORES_FILE})
+
+
+def _rarity(report: Mapping[str, Any], per_image: PerImage) -> list[float]:
     """p-value of each picture under the best attack, read from the side on which members stand out."""
     size = len(per_image["file"])
     columns = {"sha256": per_image["sha256"], "member": per_image["member"], **per_image["scores"]}

@@ -17,7 +17,7 @@ from diffward.models.mini import world
 from diffward.models.mini.attributes import IDENTITY, Person, phrase, word
 from diffward.models.mini.reader import load_reader
 from diffward.models.sampling import sample
-from diffward.report.audit import audit_lora, sides_of_split, thumbnail
+from diffward.report.audit import AuditOptions, audit_lora, sides_of_split, thumbnail
 from diffward.report.build import write_report
 from diffward.report.index import Card, ImageGroup, write_index
 
@@ -64,7 +64,7 @@ def run_demo(out: Path, seed: int, device: str) -> Path:
             denoiser, pictures, "plain", settings, folder, split=manifest, config=told
         )
         report, per_image = audit_lora(
-            denoiser, folder / WEIGHTS, sides_of_split(pictures, manifest), seed=seed, thumbnails=True,
+            denoiser, folder / WEIGHTS, sides_of_split(pictures, manifest), AuditOptions(seed=seed), thumbnails=True,
             config={"file": f"{name}/{WEIGHTS}", "base": "mini", "data": "pictures", "split": SPLIT},
         )  # fmt: skip
         report["subject"]["path"] = f"{name}/{WEIGHTS}"

@@ -8,8 +8,11 @@ from typing import Any, cast
 
 from diffward.errors import InputError
 from diffward.membership.statistics import FPR_GRID
+from diffward.report.evidence import HOLM, p_words
 from diffward.report.schema import LEVELS, Level
 from diffward.report.verdict import rank
+
+MOST_LINES = 3
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Gate:
             return [f"{self.measure}: the report has no membership figures to judge"]
         question = next((q for q in report["questions"] if q["id"] == "membership"), None)
         if question and question["claim"] == "refused":
-            return [f"{self.measure}: no claim could be made (a control failed)"]
+            return [f"{self.measure}: {_refused(report)}"]
         if self.measure == "auc":
             values = {name: a["auc_signfree"] for name, a in membership["attacks"].items()}
         else:
@@ -41,24 +44,49 @@ class Gate:
         known = {name: value for name, value in values.items() if value is not None}
         if not known:
             return [f"{self.measure}: too few non-members for this figure"]
-        return [
-            f"{self.measure} of attack {name} is {value:.3f}, above {self.limit}"
-            for name, value in known.items()
-            if value > cast(float, self.limit)
+        above = sorted(
+            (name for name, value in known.items() if value > cast(float, self.limit)),
+            key=lambda name: -cast(float, known[name]),
+        )
+        lines = [
+            f"{self.measure} of attack {name} is {known[name]:.3f}, above {self.limit}"
+            + (_luck(membership["attacks"][name]) if self.measure == "auc" else "")
+            for name in above[:MOST_LINES]
         ]
+        if len(above) > MOST_LINES:
+            lines.append(f"{self.measure}: {len(above) - MOST_LINES} more attacks are above it")
+        return lines
 
     def _level(self, report: Mapping[str, Any]) -> list[str]:
         found = []
         for question in report["questions"]:
             if question["claim"] == "refused":
-                found.append(f"{question['id']}: no claim could be made (a control failed)")
+                found.append(f"{question['id']}: {_refused(report)}")
             elif rank(question["level"]) > rank(cast(Level, self.limit)):
                 found.append(f"{question['id']} is {question['level']}, above {self.limit}")
         return found
 
 
+def _refused(report: Mapping[str, Any]) -> str:
+    why = "a control failed" if report.get("membership") else "no attack could be run"
+    return f"no claim could be made ({why})"
+
+
+def _luck(attack: Mapping[str, Any]) -> str:
+    """A word of caution where the figure may be the best of many tries."""
+    p_value = attack.get("p_holm")
+    if p_value is None or p_value < HOLM:
+        return ""
+    return (
+        f", though that may be luck ({p_words(p_value)}): more pictures or fewer attacks would tell"
+    )
+
+
 def parse_gate(spec: str) -> Gate:
     """`auc=0.6` (sign-free, any attack), `tpr@0.05=0.2` or `level=medium`.
+
+    The first two judge estimates: many attacks on few pictures cross a low limit by luck alone, since
+    that no such leak is there was not shown either. `level` allows for luck.
 
     Raises InputError, naming the forms that are understood, on anything else.
     """

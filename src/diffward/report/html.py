@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffward.report.plots import SERIES, forest_svg, histogram_svg, roc_svg
+from diffward.report.evidence import (
+    HOLM,
+    count_words,
+    epsilon_words,
+    p_number,
+    passes_words,
+    skipped_words,
+    together_words,
+)
+from diffward.report.plots import SERIES, histogram_svg, roc_svg
 from diffward.report.schema import LEVELS
+from diffward.report.verdict import rank, ranked_attacks, worst_base_control
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -21,6 +31,8 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_ROWS = 400
+COLUMNS = 4  # attacks with a column in the table of pictures; scores.csv has all
+EXPOSED = 12
 LEVEL_WORDS = {
     "none_shown": "None shown",
     "low": "Low",
@@ -51,7 +63,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters.update(figure=figure, interval=interval, pretty=pretty)
+    env.filters.update(figure=figure, interval=interval, pretty=pretty, p_number=p_number)
     env.globals.update(levels=LEVELS, level_words=LEVEL_WORDS, question_words=QUESTION_WORDS)
     return env
 
@@ -63,19 +75,28 @@ def script_hash(name: str) -> str:
 
 
 def render_report(
-    report: Mapping[str, Any], per_image: PerImage | None, exposure: Sequence[float] | None
+    report: Mapping[str, Any], per_image: PerImage | None, rarity: Sequence[float] | None
 ) -> str:
-    """The page of a report; `exposure` holds the p-value of each picture of `per_image`."""
+    """The page of a report; `rarity` holds the p-value of each picture of `per_image`."""
     context: dict[str, Any] = {"report": report, "script_csp": script_hash("sort.js")}
-    context["plots"] = None
-    context["rows"], context["hidden_rows"], context["score_names"] = [], 0, []
-    context["advice"] = list(dict.fromkeys(a for q in report["questions"] for a in q["advice"]))
-    if report["membership"] and per_image is not None and exposure is not None:
-        context["plots"] = _plots(report["membership"], per_image)
-        rows = _rows(report["membership"], per_image, exposure)
-        context["rows"], context["hidden_rows"] = rows[:MAX_ROWS], max(0, len(rows) - MAX_ROWS)
-        context["score_names"] = list(per_image["scores"])
-    context["series"] = SERIES
+    context["refused"] = [q for q in report["questions"] if q["claim"] == "refused"]
+    # Of what could not be claimed first, then of the worst.
+    worst = sorted(report["questions"], key=lambda q: -rank(q["level"]) if q["level"] else -9)
+    context["advice"] = list(dict.fromkeys(a for q in worst for a in q["advice"]))
+    context.update(
+        plots=None, rows=[], hidden_rows=0, columns=[], exposed=[], series=SERIES, found=None
+    )
+    if report["membership"]:
+        context["found"] = membership_view(report)
+        names = list(context["found"]["attacks"])
+        if per_image is not None and rarity is not None:
+            columns = [name for name in names if name in per_image["scores"]][:COLUMNS]
+            rows = _rows(report["membership"], per_image, rarity, columns)
+            context["plots"] = _plots(names, per_image)
+            context["rows"], context["hidden_rows"] = rows[:MAX_ROWS], max(0, len(rows) - MAX_ROWS)
+            context["columns"] = columns
+            if context["found"]["shown"]:
+                context["exposed"] = [row for row in rows if row["member"]][:EXPOSED]
     return environment().get_template("report.html.j2").render(context)
 
 
@@ -102,45 +123,114 @@ def safe_image(source: str | None) -> str | None:
     return None
 
 
-def _plots(membership: Mapping[str, Any], per_image: PerImage) -> dict[str, Any]:
-    member = np.asarray(per_image["member"], dtype=bool)
-    scores = {name: np.asarray(values, np.float64) for name, values in per_image["scores"].items()}
-    attacks, best = membership["attacks"], membership["best"]
-    # Best first; its controls beneath it, since they are what it must be compared with.
-    names = sorted(attacks, key=lambda name: (name != best, -attacks[name]["auc_signfree"]))
-    rows = [
-        {"label": n, "value": attacks[n]["auc"], "ci95": attacks[n]["auc_ci95"], "kind": "attack"}
-        for n in names
-    ]
-    for key, label in (("base_model_auc", "control: base model"), ("blind_auc", "control: blind")):
-        if (value := attacks[best]["controls"][key]) is not None:
-            rows.append({"label": label, "value": value, "ci95": None, "kind": "control"})
-    curves = {
-        name: (scores[name][member], scores[name][~member]) for name in names if name in scores
-    }
+def membership_view(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page's section on membership shows: `report.membership`, sorted and put into words.
+
+    Figures that have a box of their own are left out of `lines`. Boxes that rest on the attacks are
+    left out where the claim is refused.
+    """
+    membership = report["membership"]
+    question = next(q for q in report["questions"] if q["id"] == "membership")
+    names = ranked_attacks(membership["attacks"])
+    attacks = {name: membership["attacks"][name] for name in names}
+    best = attacks[names[0]]
+    refused = question["claim"] == "refused"
+    # Of a refusal the headline has the first sentence, the rest says why.
+    first, why = question["statement"], ""
+    if refused:
+        first, _, why = first.partition(". ")
+        first += "."
+    boxes = _boxes(membership, refused)
+    luck = question["level"] == "none_shown" and not best["p_holm"] < HOLM
+    said = {box["text"] for box in boxes}
+    low = min(0.5, *(a["auc_ci95"][0] for a in attacks.values()))
     return {
-        "forest": forest_svg(rows),
+        "question": question,
+        "first": first,
+        "why": why,
+        "attacks": attacks,
+        "best": best,
+        "name": names[0],
+        "refused": refused,
+        "shown": question["level"] not in (None, "none_shown"),
+        "luck": luck,
+        "boxes": boxes,
+        # The first line is about the AUC, which the section shows large.
+        "lines": [e for e in question["evidence"][0 if luck else 1 :] if e not in said],
+        "skipped": skipped_words(membership["skipped"]),
+        "worst_base": worst_base_control(attacks),
+        "failed_base": [n for n, a in attacks.items() if a["controls"]["base_model_ok"] is False],
+        # The axis of the forest starts where there is something to see.
+        "axis": min(0.4, max(0.0, np.floor(10 * low) / 10)),
+    }
+
+
+def _boxes(membership: Mapping[str, Any], refused: bool) -> list[dict[str, str]]:
+    """{title, figure, text}: the figures beside the AUC that a reader should not miss."""
+    boxes = []
+    if exposure := membership["exposure"]:
+        boxes.append(
+            {
+                "title": "Passes over each picture",
+                "figure": f"≈ {count_words(exposure['passes'])}",
+                "text": passes_words(exposure),
+            }
+        )
+    if (together := membership["dataset_inference"]) and not refused:
+        needed, shown = together["pictures_needed"], together["p_value"] < together["alpha"]
+        enough = f"{needed} pictures" if needed else "shown"
+        boxes.append(
+            {
+                "title": "The pictures as a set",
+                "figure": enough if shown else "not shown",
+                "text": together_words(together),
+            }
+        )
+    if (epsilon := membership["epsilon"]) and not refused:
+        known = epsilon["epsilon"] > 0
+        boxes.append(
+            {
+                "title": "Epsilon, from coin flips",
+                "figure": f"≥ {epsilon['epsilon']:.2f}" if known else "no bound",
+                "text": epsilon_words(epsilon),
+            }
+        )
+    return boxes
+
+
+def _plots(names: Sequence[str], per_image: PerImage) -> dict[str, Any]:
+    """ROC of the best attacks and histogram of the very best; `names` are sorted, best first."""
+    member = np.asarray(per_image["member"], dtype=bool)
+    curves = {}
+    for name in [n for n in names if n in per_image["scores"]][:SERIES]:
+        scores = np.asarray(per_image["scores"][name], np.float64)
+        curves[name] = (scores[member], scores[~member])
+    return {
         "roc": roc_svg(curves),
-        "histogram": histogram_svg(*curves[best]),
+        "histogram": histogram_svg(*curves[names[0]]),
         "names": list(curves),
-        "order": names,
     }
 
 
 def _rows(
-    membership: Mapping[str, Any], per_image: PerImage, exposure: Sequence[float]
+    membership: Mapping[str, Any],
+    per_image: PerImage,
+    rarity: Sequence[float],
+    columns: Sequence[str],
 ) -> list[dict[str, Any]]:
     """The pictures, most exposed first: by p-value, then by how far they stand out."""
     best = membership["best"]
     sign = 1 if membership["attacks"][best]["auc"] >= 0.5 else -1
+    others = len(per_image["member"]) - sum(per_image["member"])
     thumbnails = per_image.get("thumbnails") or [None] * len(per_image["file"])
     rows = [
         {
             "file": file,
-            "sha256": per_image["sha256"][index],
             "member": bool(per_image["member"][index]),
-            "scores": [float(values[index]) for values in per_image["scores"].values()],
-            "p": exposure[index],
+            "scores": [float(per_image["scores"][name][index]) for name in columns],
+            "p": rarity[index],
+            # Of a member: how many non-members score as high.
+            "others": round(rarity[index] * (others + 1)) - 1,
             "order": sign * float(per_image["scores"][best][index]),
             "thumbnail": safe_image(thumbnails[index]),
         }

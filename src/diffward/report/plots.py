@@ -7,42 +7,13 @@ that follow the reader's light or dark setting through CSS classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
 
 from diffward.membership.statistics import Scores, roc_curve
 
-SERIES = 6
-
-
-def forest_svg(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    """Points with intervals on an AUC axis. Rows: {label, value, ci95 or None, kind}; kind attack
-    or control."""
-    left, right, height = 190, 30, 34
-    width, bottom = 680, 16 + height * len(rows)
-    scale = (width - left - right) / 1.0
-    parts = []
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        x = left + tick * scale
-        parts.append(
-            f'<line class="{"chance" if tick == 0.5 else "grid"}" {_xy(x, 8, x, bottom)}/>'
-        )
-        words = "0.5 guessing" if tick == 0.5 else f"{tick:g}"
-        parts.append(_text(x, bottom + 18, words, "middle"))
-    for index, row in enumerate(rows):
-        y, x = 16 + height * (index + 0.5), left + row["value"] * scale
-        label = str(row["label"])
-        parts.append(_text(left - 14, y + 4, label if len(label) < 27 else f"{label[:25]}…", "end"))
-        if row.get("ci95"):
-            low, high = (left + end * scale for end in row["ci95"])
-            parts.append(f'<line class="bar {escape(row["kind"])}" {_xy(low, y, high, y)}/>')
-        parts.append(
-            f'<circle class="dot {escape(row["kind"])}" cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>'
-        )
-    summary = "; ".join(f"{row['label']}: AUC {row['value']:.2f}" for row in rows)
-    return _svg(width, bottom + 30, f"AUC with 95 % interval. {summary}", parts)
+SERIES = 5
 
 
 def roc_svg(curves: Mapping[str, tuple[Scores, Scores]]) -> Markup:

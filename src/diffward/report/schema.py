@@ -14,6 +14,7 @@ QUESTIONS = ("metadata", "membership", "identity", "copies", "prompt", "dataset_
 Level = Literal["none_shown", "low", "medium", "high", "critical"]
 Claim = Literal["made", "partial", "refused"]
 
+CAPTIONS = ("known", "unknown", "none")
 LEVELS: tuple[Level, ...] = ("none_shown", "low", "medium", "high", "critical")
 
 
@@ -49,10 +50,22 @@ class Controls(TypedDict):
 
 
 class Attack(TypedDict):
-    """`membership.statistics.summarise` plus what the attack needs and its controls."""
+    """`membership.statistics.summarise` plus what the attack needs and its controls.
+
+    p_value    of the attack against guessing, two-sided; `p_holm` the same, adjusted for all attacks run
+    inflation  1, or by how much cross-fitted scores widen the intervals of the AUC
+    frozen     TPR and FPR at thresholds fixed on other non-members; null where those are too few
+    """
 
     auc: float
     auc_ci95: list[float]
+    auc_delong_ci95: list[float]
+    p_value: float
+    p_holm: float
+    inflation: float
+    advantage: float
+    frozen: dict[str, dict[str, Any] | None]
+    frozen_reason: dict[str, str]
     auc_signfree: float
     auc_signfree_ci95: list[float]
     tpr_at_fpr: dict[str, float | None]
@@ -65,12 +78,63 @@ class Attack(TypedDict):
     controls: Controls
 
 
+class Evaluations(TypedDict):
+    """Denoiser evaluations for each picture: as shared by all attacks, and if each had asked alone."""
+
+    made: float
+    one_by_one: float
+
+
+class Exposure(TypedDict):
+    """How often training saw each picture. `source`: "run.json" or "header"."""
+
+    passes: float
+    steps: int
+    source: str
+
+
+class DatasetInference(TypedDict):
+    """Are the training pictures, taken as a set, shown to have been used? So if p_value < alpha.
+
+    `pictures_needed`: how many of them suffice; null where all of them do not.
+    """
+
+    p_value: float
+    pictures_needed: int | None
+    alpha: float
+
+
+class EpsilonBound(TypedDict):
+    """A lower bound on epsilon from pictures that a coin put in or out of the training.
+
+    Of `canaries` such pictures the attack guessed at `guesses` and was right on `correct`.
+    """
+
+    attack: str
+    epsilon: float
+    delta: float
+    confidence: float
+    guesses: int
+    correct: int
+    canaries: int
+
+
 class Membership(TypedDict):
-    """`best` names the attack the verdict rests on; `per_image` the CSV beside the report."""
+    """`best` names the attack the verdict rests on; `per_image` the CSV beside the report.
+
+    skipped   {attack: why it was not run}
+    captions  known, unknown (left out by `--captions unknown`) or none (there are none)
+    """
 
     attacks: dict[str, Attack]
     best: str
     per_image: str | None
+    skipped: dict[str, str]
+    captions: str
+    evaluations_per_image: Evaluations
+    exposure: Exposure | None
+    dataset_inference: DatasetInference | None
+    epsilon: EpsilonBound | None
 
 
 class Question(TypedDict):
@@ -106,6 +170,13 @@ class Report(TypedDict):
     leaks: list[Leak]
     membership: Membership | None
     provenance: dict[str, Any]
+
+
+_OPTIONAL: dict[str, Any] = {
+    "exposure": Exposure,
+    "dataset_inference": DatasetInference,
+    "epsilon": EpsilonBound,
+}
 
 
 def validate_report(report: Mapping[str, Any]) -> list[str]:
@@ -145,14 +216,40 @@ def _membership(membership: Mapping[str, Any]) -> list[str]:
     if membership.get("best") not in attacks:
         found.append(f"membership.best {membership.get('best')!r} is not an attack")
     for name, attack in attacks.items():
-        where = f"membership.attacks.{name}"
-        found += _missing(where, attack, Attack.__required_keys__)
-        found += _missing(
-            f"{where}.controls", attack.get("controls") or {}, Controls.__required_keys__
-        )
-        value, (low, high) = attack.get("auc", 0.5), attack.get("auc_ci95", (0, 1))
-        if not 0 <= low <= value <= high <= 1:
-            found.append(f"{where}: {low} <= {value} <= {high} does not hold within 0 and 1")
+        found += _attack(f"membership.attacks.{name}", attack)
+    for name in sorted(set(attacks) & set(membership.get("skipped") or ())):
+        found.append(f"membership.skipped: {name} was run")
+    if (captions := membership.get("captions", "none")) not in CAPTIONS:
+        found.append(f"membership.captions {captions!r} is not one of {', '.join(CAPTIONS)}")
+    if (budget := membership.get("evaluations_per_image")) is not None:
+        found += _missing("membership.evaluations_per_image", budget, Evaluations.__required_keys__)
+    for key, kind in _OPTIONAL.items():
+        if (part := membership.get(key)) is not None:
+            found += _missing(f"membership.{key}", part, kind.__required_keys__)
+    exposure, together = membership.get("exposure") or {}, membership.get("dataset_inference") or {}
+    if not exposure.get("passes", 0) >= 0:
+        found.append(f"membership.exposure.passes is {exposure['passes']}")
+    for key in ("p_value", "alpha"):
+        if not 0 <= together.get(key, 0) <= 1:
+            found.append(f"membership.dataset_inference.{key} is {together[key]}")
+    epsilon = membership.get("epsilon") or {}
+    if not epsilon.get("epsilon", 0) >= 0:
+        found.append(f"membership.epsilon.epsilon is {epsilon['epsilon']}")
+    counts = [epsilon.get(key, 0) for key in ("correct", "guesses", "canaries")]
+    if epsilon and not 0 <= counts[0] <= counts[1] <= counts[2]:
+        found.append(f"membership.epsilon: {counts[0]} correct of {counts[1]} of {counts[2]}")
+    return found
+
+
+def _attack(where: str, attack: Mapping[str, Any]) -> list[str]:
+    found = _missing(where, attack, Attack.__required_keys__)
+    found += _missing(f"{where}.controls", attack.get("controls") or {}, Controls.__required_keys__)
+    value, (low, high) = attack.get("auc", 0.5), attack.get("auc_ci95", (0, 1))
+    if not 0 <= low <= value <= high <= 1:
+        found.append(f"{where}: {low} <= {value} <= {high} does not hold within 0 and 1")
+    p_value, adjusted = attack.get("p_value", 0), attack.get("p_holm", 1)
+    if not 0 <= p_value <= adjusted + 1e-12 <= 1 + 1e-9:
+        found.append(f"{where}: p_value {p_value} and p_holm {adjusted} do not fit")
     return found
 
 

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from diffward.lora import Inspection
 
 
+MOST_ATTACKS = 6
+
+
 def show_inspection(found: Inspection) -> None:
     """Print what `inspect` found, the leaks last."""
     facts = {
@@ -43,23 +46,67 @@ def show_inspection(found: Inspection) -> None:
 
 
 def show_report(report: Mapping[str, Any]) -> None:
-    """Print the verdict of an audit and its figures."""
+    """Print the verdict of an audit, its best attacks, and the controls."""
     print()
     print(report["overall"]["headline"])
-    for question in report["questions"]:
-        print(
-            f"  {question['id']}: {question['level'] or question['claim']}. {question['statement']}"
+    # What was refused comes first.
+    for question in sorted(report["questions"], key=lambda q: q["claim"] != "refused"):
+        level = question["level"] or "no claim"
+        print(f"  {question['id']}: {level.replace('_', ' ')}. {question['statement']}")
+    if report.get("membership"):
+        refused = any(
+            q["claim"] == "refused" and q["id"] == "membership" for q in report["questions"]
         )
-    membership = report.get("membership")
-    for name, attack in (membership or {}).get("attacks", {}).items():
+        _show_membership(report["membership"], refused)
+
+
+def _show_membership(membership: Mapping[str, Any], refused: bool) -> None:
+    from diffward.report.evidence import p_number, skipped_words
+    from diffward.report.verdict import ranked_attacks
+
+    attacks, skipped = membership["attacks"], membership["skipped"]
+    names = ranked_attacks(attacks)
+    best = attacks[names[0]]
+    wide = max(len("attack"), *(len(name) for name in names[:MOST_ATTACKS]))
+    print()
+    if refused:
+        print(f"  {_controls_line(attacks, names[0])}")
+        print("  For the record only, these figures prove nothing:")
+    many = f", all {len(names)} attacks" if len(names) > 1 else ""
+    print(f"  {'attack'.ljust(wide)}  AUC    95 % interval   p{many}")
+    for name in names[:MOST_ATTACKS]:
+        attack = attacks[name]
         low, high = attack["auc_ci95"]
-        controls = attack["controls"]
-        blind = "not run" if controls["blind_auc"] is None else f"{controls['blind_auc']:.2f}"
-        print(
-            f"  {name}: AUC {attack['auc']:.3f} [{low:.3f}, {high:.3f}], "
-            f"{attack['n_members']} members, {attack['n_non_members']} non-members; "
-            f"controls: base model {controls['base_model_auc']:.2f}, blind {blind}"
-        )
+        p_value = p_number(attack["p_holm"])
+        print(f"  {name.ljust(wide)}  {attack['auc']:.3f}  {low:.3f} to {high:.3f}  {p_value}")
+    if len(names) > MOST_ATTACKS:
+        print(f"  {len(names) - MOST_ATTACKS} more attacks: report.html")
+    print(f"  {best['n_members']} members, {best['n_non_members']} non-members")
+    if not refused:
+        print(f"  {_controls_line(attacks, names[0])}")
+    if skipped:
+        reasons = "; ".join(skipped_words(skipped))
+        print(f"  {len(skipped)} {'attack' if len(skipped) == 1 else 'attacks'} not run: {reasons}")
+    if (epsilon := membership["epsilon"]) and not refused:
+        sure = f"delta {epsilon['delta']:g}, {100 * epsilon['confidence']:g} % confidence"
+        bound = epsilon["epsilon"]
+        print(f"  epsilon {f'at least {bound:.2f}' if bound > 0 else 'above 0 not shown'} ({sure})")
+
+
+def _controls_line(attacks: Mapping[str, Any], name: str) -> str:
+    from diffward.report.verdict import failed_controls, worst_base_control
+
+    worst, controls = worst_base_control(attacks), attacks[name]["controls"]
+    base = "not run"
+    if worst:
+        base = f"{worst[1]:.2f}" + (f" at the farthest ({worst[0]})" if len(attacks) > 1 else "")
+    blind = "not run" if controls["blind_auc"] is None else f"{controls['blind_auc']:.2f}"
+    outcome = ""
+    if failed_controls(attacks):
+        outcome = "OFF CHANCE, should be near 0.5"
+    elif worst or controls["blind_auc"] is not None:
+        outcome = "at chance"
+    return f"controls: base model {base}, blind {blind}{': ' if outcome else ''}{outcome}"
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,18 +1,26 @@
 """The rules that turn figures into answers. Pure functions: no files, no randomness.
 
-**Membership.** Levels by the sign-free AUC (max(AUC, 1 - AUC)) of the best attack, the one whose
-interval starts highest:
+**Membership.** Levels by the sign-free AUC (max(AUC, 1 - AUC)) of an attack:
 
     low >= 0.55   medium >= 0.60   high >= 0.75   critical >= 0.90
 
-- No level unless the 95 % interval excludes 0.5. With k attacks tried it must do so at
-  1 - 0.05/k (Bonferroni, Newcombe's interval), or trying many would make a leak of luck.
-- The estimate gives the level, but at most one step above the one its lower end would give, so
-  that five pictures cannot prove what a hundred should.
-- A few pictures may be exposed while the average is not (Carlini et al. 2022): a TPR at 1 % or
-  5 % FPR whose interval starts above 2, 5 or 10 times the FPR makes it at least low, medium, high.
-- A control off chance refuses the claim, whatever the attack says: members and non-members then
-  differ by themselves.
+Trying many attacks must not make a leak of luck. Of 100 audits of LoRAs that learned nothing at
+most 5 may be given a level, however many attacks are tried and however they hang together: 4 by
+the AUC, 1 by the few pictures that stand out.
+
+- *AUC*: no level unless the p-value adjusted for all attacks (Holm's) is below 0.05 and the
+  interval widened for k attacks, at 1 - 0.04/k (Bonferroni's), excludes 0.5. The estimate then gives
+  the level, but at most one step above the one that the widened interval's lower end would give,
+  so that five pictures cannot prove what a hundred should.
+- *Few pictures* may be exposed while the average is not (Carlini et al. 2022). The TPR at 1 % and
+  5 % FPR counts if so many members above that threshold have probability below 0.01/2k under
+  guessing (exact: all orders of the pictures are equally likely). Its lower end at that level, 2, 5
+  or 10 times the FPR to be expected there, makes it at least low, medium, high.
+- The verdict rests on the attack with the worst level, then the surest, then the highest AUC.
+- A control off chance refuses the claim, whatever the attacks say: members and non-members then
+  differ by themselves. That is said before anything else.
+
+Exposure, dataset inference and bounds on epsilon are evidence, and never change a level.
 
 **Metadata.** The worst category of header entry: captions or pictures high; folders, paths or names
 medium; counts, times, seeds, settings and entries nobody knows low.
@@ -23,10 +31,22 @@ The overall level is that of the worst question, never an average.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from diffward.membership.statistics import newcombe_ci, signfree_interval
-from diffward.report.schema import LEVELS, Attack, Claim, Leak, Level, Overall, Question
+import numpy as np
+
+from diffward.membership.statistics import newcombe_ci, signfree_interval, widened
+from diffward.report.advice import membership_advice
+from diffward.report.evidence import HOLM, auc_words, extra_needs, membership_evidence
+from diffward.report.schema import (
+    LEVELS,
+    Attack,
+    Claim,
+    Leak,
+    Level,
+    Membership,
+    Overall,
+    Question,
+)
 
 AUC_STEPS: tuple[tuple[float, Level], ...] = (
     (0.90, "critical"),
@@ -35,6 +55,8 @@ AUC_STEPS: tuple[tuple[float, Level], ...] = (
     (0.55, "low"),
 )
 TPR_STEPS: tuple[tuple[float, Level], ...] = ((10, "high"), (5, "medium"), (2, "low"))
+TPR_KEYS = ("0.01", "0.05")
+AUC_LUCK, TPR_LUCK = 0.04, 0.01  # shares of honest audits that may be given a level by luck
 LEAK_LEVELS: dict[str, Level] = {
     "captions": "high",
     "pictures": "high",
@@ -45,17 +67,14 @@ LEAK_LEVELS: dict[str, Level] = {
 FEW = 20
 
 BUDGET = "none shown by these attacks within this budget"
+NO_CLAIM = "No claim about membership can be made"
 
-_HOLDER = "Whoever holds this file, its base model, a picture and the picture's caption"
 _MEMBERSHIP_WORDS: dict[Level, str] = {
-    "critical": f"{_HOLDER} can tell very reliably whether it was used for training.",
-    "high": f"{_HOLDER} can tell reliably whether it was used for training.",
-    "medium": f"{_HOLDER} can tell clearly better than by guessing whether it was used for training.",
-    "low": f"{_HOLDER} can tell a little better than by guessing whether it was used for training.",
-    "none_shown": f"Membership: {BUDGET}. They were not shown to tell training pictures from others "
-    "better than guessing.",
+    "critical": "can tell very reliably whether the picture was used for training.",
+    "high": "can tell reliably whether the picture was used for training.",
+    "medium": "can tell clearly better than by guessing whether the picture was used for training.",
+    "low": "can tell a little better than by guessing whether the picture was used for training.",
 }
-
 _HEADLINES: dict[tuple[str, Level], str] = {
     ("membership", "critical"): "This file gives away which pictures it was trained on.",
     ("membership", "high"): "This file largely gives away which pictures it was trained on.",
@@ -97,97 +116,184 @@ def metadata_question(leaks: Sequence[Leak]) -> Question:
     )
 
 
+def ranked_attacks(attacks: Mapping[str, Attack]) -> list[str]:
+    """Names, best first: the worst level, then the surest, then the highest sign-free AUC."""
+    tried = len(attacks)
+
+    def key(name: str) -> tuple[int, float, float]:
+        attack = attacks[name]
+        return (
+            rank(membership_level(attack, tried)),
+            _lower(attack, tried),
+            attack["auc_signfree"],
+        )
+
+    return sorted(attacks, key=key, reverse=True)
+
+
 def best_attack(attacks: Mapping[str, Attack]) -> str:
-    """The attack whose sign-free interval starts highest, then the one with the highest AUC."""
-    return max(
-        attacks,
-        key=lambda name: (_lower(attacks[name], len(attacks)), attacks[name]["auc_signfree"]),
-    )
+    """The attack on which the verdict rests."""
+    return ranked_attacks(attacks)[0]
 
 
 def membership_level(attack: Attack, attacks_tried: int = 1) -> Level:
     """The level of one attack's figures by the rules above; controls are not looked at."""
+    return max(auc_level(attack, attacks_tried), tail_level(attack, attacks_tried)[0], key=rank)
+
+
+def auc_level(attack: Attack, attacks_tried: int = 1) -> Level:
+    """The level by the AUC alone."""
     lower = _lower(attack, attacks_tried)
-    level: Level = "none_shown"
-    if lower > 0.5:
-        estimate, floor = _step(attack["auc_signfree"], AUC_STEPS), _step(lower, AUC_STEPS)
-        level = LEVELS[min(rank(estimate), rank(floor) + 1)]
-    for fpr in ("0.01", "0.05"):
-        interval = attack["tpr_at_fpr_ci95"].get(fpr)
-        if interval is not None:
-            level = max(level, _step(interval[0] / float(fpr), TPR_STEPS), key=rank)
-    return level
+    if lower <= 0.5 or not attack["p_holm"] < HOLM:
+        return "none_shown"
+    estimate, floor = _step(attack["auc_signfree"], AUC_STEPS), _step(lower, AUC_STEPS)
+    return LEVELS[min(rank(estimate), rank(floor) + 1)]
+
+
+def tail_level(attack: Attack, attacks_tried: int = 1) -> tuple[Level, str | None]:
+    """The level by the pictures that stand out most, and the FPR at which they do."""
+    from scipy.stats import beta, hypergeom, norm
+
+    best: tuple[Level, str | None] = ("none_shown", None)
+    members, others = attack["n_members"], attack["n_non_members"]
+    luck = TPR_LUCK / (len(TPR_KEYS) * attacks_tried)
+    for key in TPR_KEYS:
+        tpr = attack["tpr_at_fpr"].get(key)
+        hits = round((tpr or 0) * members)
+        if not hits:
+            continue
+        wrong = int(np.floor(float(key) * others + 1e-9))
+        # At least `hits` members lie above the threshold: among the highest hits + wrong scores
+        # no more than `wrong` are of non-members.
+        p_value = hypergeom.cdf(wrong, members + others, others, hits + wrong)
+        p_value = norm.sf(norm.isf(p_value) / attack["inflation"])
+        if not p_value < luck:
+            continue
+        lower = beta.ppf(luck, hits, members - hits + 1)
+        expected = max(float(key), (wrong + 1) / (others + 1))
+        level = _step(lower / expected, TPR_STEPS)
+        if rank(level) > rank(best[0]):
+            best = (level, key)
+    return best
+
+
+def least_visible(attack: Attack, attacks_tried: int = 1) -> float:
+    """The sign-free AUC from which an attack could have been told from luck, with these pictures."""
+    from scipy.stats import norm
+
+    m, n = attack["n_members"], attack["n_non_members"]
+    noise = attack["inflation"] * float(np.sqrt((m + n + 1) / (12 * m * n)))
+    return min(1.0, 0.5 + noise * float(norm.isf(AUC_LUCK / attacks_tried / 2)))
+
+
+def worst_base_control(attacks: Mapping[str, Attack]) -> tuple[str, float] | None:
+    """The attack whose base-model control lies farthest from 0.5, those off chance first, and its AUC."""
+    known = {
+        name: value
+        for name, attack in attacks.items()
+        if (value := attack["controls"]["base_model_auc"]) is not None
+    }
+    if not known:
+        return None
+    name = max(
+        known,
+        key=lambda n: (attacks[n]["controls"]["base_model_ok"] is False, abs(known[n] - 0.5)),
+    )
+    return name, known[name]
 
 
 def failed_controls(attacks: Mapping[str, Attack]) -> list[str]:
-    """One sentence for each control that is off chance."""
+    """One sentence for the blind control and one for those on the base model, where off chance."""
     found = []
     if blind := next((a for a in attacks.values() if a["controls"]["blind_ok"] is False), None):
         found.append(
             "A classifier that never saw the model tells the two groups of pictures apart "
-            f"(AUC {_number(blind['controls']['blind_auc'])}; it should be near 0.5)."
+            f"(AUC {auc_words(blind['controls']['blind_auc'])}; it should be near 0.5)."
         )
-    for name, attack in attacks.items():
-        if attack["controls"]["base_model_ok"] is False:
-            found.append(
-                f"The attack {name!r} tells them apart on the base model alone, which was never "
-                f"trained on them (AUC {_number(attack['controls']['base_model_auc'])}; it should "
-                "be near 0.5)."
-            )
+    failed = {n: a for n, a in attacks.items() if a["controls"]["base_model_ok"] is False}
+    if worst := worst_base_control(failed):
+        name, value = worst
+        more = f" So do {len(failed) - 1} others." if len(failed) > 2 else ""
+        more = " So does one other." if len(failed) == 2 else more
+        found.append(
+            f"The attack {name!r} tells them apart on the base model alone, which was never "
+            f"trained on them (AUC {auc_words(value)}; it should be near 0.5).{more}"
+        )
     return found
 
 
-def membership_question(attacks: Mapping[str, Attack]) -> Question:
-    """Can someone tell which pictures the LoRA was trained on?"""
+def membership_question(
+    found: Membership,
+    lora_rank: int | Sequence[int] | None = None,
+    methods: Sequence[str] = (),
+) -> Question:
+    """Can someone tell which pictures the LoRA was trained on?
+
+    Args:
+        found: the `membership` part of the report.
+        lora_rank: of the subject, for the advice.
+        methods: of training that there are, for the advice.
+    """
+    attacks = found["attacks"]
     name = best_attack(attacks)
-    best = attacks[name]
-    level = membership_level(best, len(attacks))
-    interval = best["auc_signfree_ci95"]
-    few = min(best["n_members"], best["n_non_members"]) < FEW
+    best, tried = attacks[name], len(attacks)
+    level = membership_level(best, tried)
     failed = failed_controls(attacks)
-    evidence = [_in_hundred(name, best)]
-    if failed:
-        evidence[0] = f"For the record only, it proves nothing here: {evidence[0]}"
-    if best["auc"] < 0.5 and level != "none_shown" and not failed:
-        evidence.append(
-            f"The AUC lies below one half ({best['auc']:.2f}): training pictures stand out by scoring "
-            "lower than others. That gives them away just as well, so it counts as a leak."
-        )
-    if few:
-        evidence.append(
-            f"Only {best['n_members']} training pictures and {best['n_non_members']} others were "
-            "compared. With a handful of pictures the intervals are wide: read the range, not the "
-            "number."
-        )
-    evidence += _unchecked(best)
+    few = min(best["n_members"], best["n_non_members"]) < FEW
+    evidence = membership_evidence(
+        found,
+        name,
+        level,
+        refused=bool(failed),
+        tail=tail_level(best, tried)[1],
+        plain=_plain_attack(attacks, name),
+        few=few,
+    )
+    figures = (
+        "auc_signfree",
+        best["auc_signfree"],
+        list(best["auc_signfree_ci95"]),
+        _controls_words(attacks, name),
+    )
     if failed:
         statement = (
-            f"No claim about membership can be made. {' '.join(failed)} The pictures differ by "
-            "themselves, so the attacks' figures say nothing about this file."
+            f"{NO_CLAIM}: a control failed. {' '.join(failed)} The pictures differ by themselves, "
+            "so the attacks' figures say nothing about this file."
         )
         advice = [
             "Take members and non-members at random from one source, saved and captioned the same "
             "way, and run the audit again."
         ]
-        return _question(
-            "membership", None, statement, "refused", *_figures(best), evidence, advice
-        )
-    statement = _MEMBERSHIP_WORDS[level]
-    if level == "none_shown" and interval[1] >= 0.6:
-        statement += (
-            f" But with this many pictures a leak up to AUC {interval[1]:.2f} would not have been "
-            "noticed."
-        )
-    advice = _membership_advice(level, few)
-    return _question("membership", level, statement, "made", *_figures(best), evidence, advice)
+        return _question("membership", None, statement, "refused", *figures, evidence, advice)
+    statement = _statement(found, best, level)
+    advice = membership_advice(found, name, level, lora_rank, methods, few=few)
+    return _question("membership", level, statement, "made", *figures, evidence, advice)
+
+
+def not_run_question(skipped: Mapping[str, str]) -> Question:
+    """The answer where there were pictures but no attack could be run."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+    return _question(
+        "membership",
+        None,
+        f"{NO_CLAIM}: no attack could be run ({reasons}).",
+        "refused",
+        advice=["Choose attacks that can be run: --attacks standard."],
+    )
 
 
 def overall(questions: Sequence[Question]) -> Overall:
-    """The worst question. A refused question makes the whole "partial", or "refused" if all are."""
+    """The worst question. A refused question makes the whole "partial", or "refused" if all are.
+
+    What was refused, and why, comes first in the headline.
+    """
     made = [question for question in questions if question["level"] is not None]
     refused = [question for question in questions if question["claim"] == "refused"]
-    if not made:
+    if not made and not refused:
         return {"level": None, "claim": "refused", "headline": "No claim can be made."}
+    whys = " ".join(_first_sentence(question["statement"]) for question in refused)
+    if not made:
+        return {"level": None, "claim": "refused", "headline": whys}
     # Of equals the one about pictures is named first: a header can be scrubbed in a second.
     worst = max(made, key=lambda question: (rank(question["level"]), question["id"] != "metadata"))
     level = worst["level"]
@@ -200,11 +306,79 @@ def overall(questions: Sequence[Question]) -> Overall:
         if header is not worst and rank(header["level"]) > 0:
             headline += " Its header tells of the training data, too."
     if refused:
-        names = ", ".join(question["id"] for question in refused)
-        headline = f"No claim about {names} can be made. " + (
-            "Nothing else was found." if level == "none_shown" else headline
-        )
+        headline = f"{whys} {'Nothing else was found.' if level == 'none_shown' else headline}"
     return {"level": level, "claim": "partial" if refused else "made", "headline": headline}
+
+
+def _statement(found: Membership, best: Attack, level: Level) -> str:
+    tried = len(found["attacks"])
+    if level != "none_shown":
+        caption = ", a picture and the picture's caption"
+        with_what = caption if found["captions"] == "known" else " and a picture"
+        more = f", {extra}," if (extra := extra_needs(best)) else ""
+        return (
+            f"Whoever holds this file, its base model{with_what}{more} {_MEMBERSHIP_WORDS[level]}"
+        )
+    if _lower(best, tried) > 0.5 and best["p_holm"] < HOLM:
+        return (
+            f"Membership: a faint trace. The attacks do better than guessing, but by very little "
+            f"(AUC {best['auc_signfree']:.2f}); no more was shown within this budget."
+        )
+    words = (
+        f"Membership: {BUDGET}. They were not shown to tell training pictures from others better "
+        "than guessing."
+    )
+    visible = min(least_visible(attack, tried) for attack in found["attacks"].values())
+    many = "" if tried == 1 else f" and {tried} attacks tried"
+    if visible >= 1:
+        words += f" But with so few pictures{many} no leak whatever could have been told from luck."
+    elif visible >= 0.6:
+        words += (
+            f" But with this many pictures{many} a leak below AUC {visible:.2f} could go unnoticed."
+        )
+    return words
+
+
+def _plain_attack(attacks: Mapping[str, Attack], best: str) -> tuple[str, Level] | None:
+    """The best attack that needs nothing extra, and its level, if the best of all does."""
+    plain = [name for name in ranked_attacks(attacks) if not extra_needs(attacks[name])]
+    if best in plain or not plain:
+        return None
+    return plain[0], membership_level(attacks[plain[0]], len(attacks))
+
+
+def _controls_words(attacks: Mapping[str, Attack], name: str) -> str:
+    controls = attacks[name]["controls"]
+    words = f"base model AUC {auc_words(controls['base_model_auc'])}"
+    worst = worst_base_control(attacks)
+    if worst and worst[0] != name:
+        words += f" (farthest from 0.5 of all attacks: {auc_words(worst[1])}, {worst[0]})"
+    return f"{words}, blind classifier AUC {auc_words(controls['blind_auc'])}"
+
+
+def _first_sentence(text: str) -> str:
+    return text.split(". ")[0].rstrip(".") + "."
+
+
+def _step(value: float, steps: tuple[tuple[float, Level], ...]) -> Level:
+    return next((level for bound, level in steps if value >= bound), "none_shown")
+
+
+def _lower(attack: Attack, tried: int) -> float:
+    """Lower end of the sign-free interval at 1 - 0.04 / tried.
+
+    The wider of Newcombe's at that level, inflated, and the 95 % interval stretched to it, which
+    carries what else that one allows for: ties, unequal spread, groups.
+    """
+    from scipy.stats import norm
+
+    value, level = attack["auc"], 1 - AUC_LUCK / tried
+    low, high = attack["auc_ci95"]
+    stretch = norm.isf((1 - level) / 2) / norm.isf(0.025)
+    stretched = widened(value, (low, high), max(1.0, float(stretch)))
+    score = newcombe_ci(value, attack["n_members"], attack["n_non_members"], level)
+    score = widened(value, score, attack["inflation"])
+    return signfree_interval((min(stretched[0], score[0]), max(stretched[1], score[1])))[0]
 
 
 def _question(
@@ -231,71 +405,3 @@ def _question(
         "evidence": list(evidence),
         "advice": list(advice),
     }
-
-
-def _figures(attack: Attack) -> tuple[str, float, list[float], str]:
-    controls = attack["controls"]
-    control = (
-        f"base model AUC {_number(controls['base_model_auc'])}, "
-        f"blind classifier AUC {_number(controls['blind_auc'])}"
-    )
-    return "auc_signfree", attack["auc_signfree"], list(attack["auc_signfree_ci95"]), control
-
-
-def _step(value: float, steps: tuple[tuple[float, Level], ...]) -> Level:
-    return next((level for bound, level in steps if value >= bound), "none_shown")
-
-
-def _lower(attack: Attack, tried: int) -> float:
-    """Lower end of the sign-free interval, widened for the number of attacks tried."""
-    low = attack["auc_signfree_ci95"][0]
-    if tried > 1:
-        wide = newcombe_ci(
-            attack["auc"], attack["n_members"], attack["n_non_members"], 1 - 0.05 / tried
-        )
-        low = min(low, signfree_interval(wide)[0])
-    return low
-
-
-def _in_hundred(name: str, attack: Attack) -> str:
-    low, high = (round(100 * end) for end in attack["auc_signfree_ci95"])
-    return (
-        f"Shown one training picture and one other, the best attack ({name}) tells which is which "
-        f"{round(100 * attack['auc_signfree'])} times in 100; guessing gives 50. "
-        f"The true figure is likely between {low} and {high} (95 % interval)."
-    )
-
-
-def _unchecked(attack: Attack) -> list[str]:
-    names = [
-        words
-        for key, words in (("base_model_ok", "base model"), ("blind_ok", "blind classifier"))
-        if attack["controls"][key] is None  # type: ignore[literal-required]
-    ]
-    return [f"Not checked against: {', '.join(names)}."] if names else []
-
-
-def _membership_advice(level: Level, few: bool) -> list[str]:
-    advice = []
-    if rank(level) >= rank("high"):
-        advice.append(
-            "Do not share this file where it must stay secret which pictures were used, for "
-            "instance where they show people who did not agree."
-        )
-    if rank(level) >= rank("low"):
-        advice.append(
-            "Train again with fewer steps, a lower rank or more pictures, and audit the result: "
-            "long training on few pictures is what makes a LoRA remember them."
-        )
-    else:
-        advice.append(
-            "This is no guarantee: other attacks, or more effort, may find more. Audit again "
-            "whenever you train longer or on fewer pictures."
-        )
-    if few:
-        advice.append("Hold out more pictures, 100 or more if you can, for a sharper answer.")
-    return advice
-
-
-def _number(value: Any) -> str:
-    return "not run" if value is None else f"{value:.2f}"

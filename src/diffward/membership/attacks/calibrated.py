@@ -13,8 +13,9 @@ from diffward.membership.bank import OFF, ON, Bank
     paper="Watson et al. 2022 (arXiv 2111.08440); Carlini et al. 2022 (arXiv 2112.03570), base as reference",
     access="grey box, with the base model",
     cost="2 queries a pair",
-    queries=lambda pairs: 2 * pairs,
+    asks=(("errors", ON), ("errors", OFF)),
+    suite="standard",
 )
 def calibrated(bank: Bank) -> np.ndarray:
     """What the adapter made easier is likely a member: s = mean_k [l_base(x, t_k, eps_k) - l_LoRA(x, t_k, eps_k)]."""
-    return (bank.of(OFF) - bank.of(ON)).mean(axis=1)
+    return bank.gain().mean(axis=1)

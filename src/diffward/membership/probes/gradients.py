@@ -1,0 +1,139 @@
+"""Gradients of the denoising loss along a LoRA's factors, picture by picture, in batches.
+
+The adapter is merged into the weights, so its factors are no parameters. But with W' = W + s B A,
+a module's input x and the loss's gradient g at its output, the chain rule gives for each sample
+
+    dL/dB = s sum_p g_p (A x_p)ᵀ,    dL/dA = s sum_p (Bᵀ g_p) x_pᵀ
+
+over tokens (or places of a convolution) p: products with one low-rank side. One forward and one
+backward pass serve all modules and a whole batch, since samples do not mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffward.lora import LoraModule
+from diffward.membership.factors import along_factors
+from diffward.membership.pairs import Layout
+from diffward.membership.probe import PROBES, Query
+
+PAIRS = 8  # of the K: evenly spaced timesteps
+SHARE = 4  # a pass that keeps its graph holds so many fewer samples
+
+
+def gradient_pairs(layout: Layout) -> list[int]:
+    """Which pairs: evenly spaced ones. GSA takes 10 equidistant timesteps."""
+    count = min(PAIRS, len(layout.timesteps))
+    return [i * len(layout.timesteps) // count for i in range(count)]
+
+
+@PROBES.register(
+    "gradients",
+    evaluations=lambda layout: 3 * len(gradient_pairs(layout)),
+    paired=False,
+    factors=True,
+)
+def gradients(query: Query) -> Tensor:
+    """Squared gradient norms (n, M, 2, 2) by UNet module, factor (A, B), and kind.
+
+    Kind 0: of the gradient of the loss averaged over timesteps (GSA1). Kind 1: the average over
+    timesteps of the squared norms (GSA2). The loss is the mean squared error under the caption.
+    Modules in the order in which the UNet calls them; those that it never calls are left out, as
+    is the text encoder.
+    """
+    modules = query.factors().modules
+    chosen = gradient_pairs(query.layout)
+    n, k = len(query.latents), len(chosen)
+    totals: dict[str, _Totals] = {}
+    if modules:
+        size = max(1, query.batch // SHARE)
+        for at in torch.arange(n * k, device=query.latents.device).split(size):
+            picture, pair = at // k, torch.tensor(chosen)[at.cpu() % k]
+            for name, parts in _one_pass(query, modules, picture, pair):
+                total = totals.setdefault(name, _Totals.like(parts, n))
+                total.add(parts, picture)
+    if not totals:
+        return torch.zeros((n, 0, 2, 2))
+    return torch.stack([total.norms(k) for total in totals.values()], dim=1)
+
+
+@dataclass
+class _Totals:
+    """Of one module: gradients (n, …) of A and B, and their squared norms (n, 2), summed over pairs."""
+
+    gradients: tuple[Tensor, ...]
+    squares: Tensor
+
+    @classmethod
+    def like(cls, parts: tuple[Tensor, ...], n: int) -> _Totals:
+        return cls(tuple(p.new_zeros((n, *p.shape[1:])) for p in parts), parts[0].new_zeros((n, 2)))
+
+    def add(self, parts: tuple[Tensor, ...], picture: Tensor) -> None:
+        """Gradients (m, …) of samples that are of these pictures (m,)."""
+        for total, part in zip(self.gradients, parts):
+            total.index_add_(0, picture, part)
+        squares = torch.stack([part.square().flatten(1).sum(1) for part in parts], dim=1)
+        self.squares.index_add_(0, picture, squares)
+
+    def norms(self, k: int) -> Tensor:
+        """(n, 2 factors, 2 kinds), averaged over k pairs."""
+        mean = [(total / k).square().flatten(1).sum(1) for total in self.gradients]
+        return torch.stack([torch.stack(mean, dim=1), self.squares / k], dim=2)
+
+
+def _one_pass(
+    query: Query, modules: Mapping[str, LoraModule], picture: Tensor, pair: Tensor
+) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """Name and gradients along A and B of one module after the other, of samples (m,)."""
+    denoiser, latents = query.denoiser, query.latents[picture]
+    t, eps = query.pairs.t[pair].to(latents.device), query.pairs.eps[pair].to(latents.device)
+    with torch.enable_grad(), _listen(denoiser.unet, modules) as heard:
+        noisy = denoiser.noise(latents, t, eps)
+        prediction = denoiser.predict(noisy, t, query.text("caption")[picture])
+        # A sum, so that half precision does not underflow; made a mean at the end.
+        loss = (prediction - denoiser.target(latents, t, eps)).square().sum()
+    if not heard:
+        return
+    outputs = [output for _, output in heard.values()]
+    slopes = torch.autograd.grad(loss, outputs, allow_unused=True)
+    denoiser.evaluations += 2 * len(picture)
+    for (name, (x, output)), slope in zip(heard.items(), slopes):
+        slope = torch.zeros_like(output) if slope is None else slope
+        scale = modules[name].scale / latents[0].numel()
+        layer = denoiser.unet.get_submodule(name.removeprefix("unet."))
+        parts = along_factors(layer, modules[name].tensors, x.float(), slope.float())
+        yield name, tuple(scale * part for part in parts)
+
+
+@contextmanager
+def _listen(
+    unet: nn.Module, modules: Mapping[str, Any]
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Input and output of modules while the UNet runs; the graph begins at the first of them."""
+    heard: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(name: str) -> Any:
+        def hear(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:  # no weight trains, so nothing before it has a gradient
+                output = output.detach().requires_grad_(True)
+            heard[name] = inputs[0].detach(), output
+            return output
+
+        return hear
+
+    handles = [
+        unet.get_submodule(name.removeprefix("unet.")).register_forward_hook(hook(name))
+        for name in modules
+    ]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
