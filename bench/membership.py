@@ -9,7 +9,6 @@ Resumable: what is trained or audited is kept in runs/bench-membership.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -17,12 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench._result import record
 from bench._support import attack_rows
 from diffward.data import Pictures, load_pictures, random_split
 from diffward.files import write_json
 from diffward.finetune.settings import Settings
 from diffward.lora import write_lora
+from diffward.membership.statistics import cluster_interval
 from diffward.models.load import load_base
 from diffward.models.mini import world
 from diffward.report.membership import AuditOptions, audit_membership
@@ -90,10 +92,10 @@ def run(quick: bool = False) -> None:
             rows = measure(QUICK, Path(folder))
     else:
         rows = measure(FULL, WORK)
-    seeds = sorted({row["seed"] for row in rows})
-    record("membership", rows, seeds=seeds, quick=quick, notes=[
+    record("membership", rows, seeds=FULL.seeds, quick=quick, notes=[
         "targets: random halves of one pool; LoRA on all layers, AdamW, learning rate 1e-3 falling along a "
         "cosine, batch 8; a seed is another split and another start",
+        "seed all: the mean over the seeds, with an interval that resamples runs and pictures",
         "exposure: passes over each picture; captions unknown: the attacker has the pictures alone (seed 0)",
         "secmi, secmi_nn, mlp, blackbox: seed 0",
         f"lira, lira_offline, rmia: {FULL.shadows} shadow LoRAs, rank 8, at most {FULL.shadowed} passes",
@@ -101,14 +103,51 @@ def run(quick: bool = False) -> None:
 
 
 def measure(plan: Plan, work: Path) -> list[dict[str, Any]]:
-    """Train and audit all that is missing; one row an attack and audit."""
+    """Train and audit all that is missing; one row an attack and audit, and one over the seeds."""
     train_targets(plan, work)
-    return [
-        row
-        for target in plan.targets()
-        for kind in plan.audits(target)
-        for row in audit(plan, target, kind, work)
-    ]
+    rows = []
+    for rank in plan.ranks:
+        for exposure in plan.exposures:
+            targets = [t for t in plan.targets() if (t.rank, t.exposure) == (rank, exposure)]
+            for kind in ("known", "unknown", "thorough", "shadows"):
+                found = [
+                    audit(plan, target, kind, work)
+                    for target in targets
+                    if kind in plan.audits(target)
+                ]
+                rows += [row for one in found for row in one["rows"]]
+                if len(found) > 1:
+                    rows += over_seeds(found)
+    return rows
+
+
+def over_seeds(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row an attack with the mean AUC over the runs, and an interval that also resamples runs."""
+    rows = []
+    for row in found[0]["rows"]:
+        runs = []
+        for one in found:
+            scores = np.array(one["scores"][row["attack"]])
+            member = np.array(one["member"])
+            runs.append((scores[member], scores[~member]))
+        value, interval = cluster_interval(runs)
+        same = ("dataset", "exposure", "rank", "base", "captions", "attack", "queries_per_image")
+        each = [r for one in found for r in one["rows"] if r["attack"] == row["attack"]]
+        mean = {
+            key: float(np.mean([r[key] for r in each])) for key in ("base_model_auc", "blind_auc")
+        }
+        rows.append(
+            {
+                **{key: row[key] for key in same}, "seed": "all", "auc": value, "auc_ci95": list(interval),
+                "auc_signfree": max(value, 1 - value), "tpr_at_fpr": _mean_tpr(each), **mean,
+                "n_members": sum(r["n_members"] for r in each), "n_non_members": sum(r["n_non_members"] for r in each),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _mean_tpr(rows: list[dict[str, Any]]) -> dict[str, float]:
+    return {k: float(np.mean([r["tpr_at_fpr"][k] for r in rows])) for k in rows[0]["tpr_at_fpr"]}
 
 
 def pool(plan: Plan, work: Path) -> Pictures:
@@ -127,43 +166,43 @@ def sides(plan: Plan, target: Target, pictures: Pictures) -> Sides:
     return sides_of_split(pictures, manifest)
 
 
-def train_targets(plan: Plan, work: Path, ranks: tuple[int, ...] | None = None) -> None:
-    """Train the targets that are missing, those of a rank at once."""
+def train_targets(plan: Plan, work: Path) -> None:
+    """Train the targets that are missing, those of a rank and an exposure at once, the cheap ones first."""
     from diffward.finetune.many import Job, train_many
     from diffward.models.features import encode_pictures
 
     pictures = pool(plan, work)
-    for rank in ranks or plan.ranks:
-        due = [t for t in plan.targets() if t.rank == rank and not _file(work, t).exists()]
-        if not due:
-            continue
-        denoiser = load_base("mini", device="cpu")
-        jobs = [
-            Job(
-                encode_pictures(denoiser, sides(plan, t, pictures).members, cache=False),
-                t.settings(),
-            )
-            for t in due
-        ]
-        mark = hashlib.sha256(" ".join(t.name for t in due).encode()).hexdigest()[:8]
-        results = train_many(denoiser, jobs, checkpoint=work / f"targets-r{rank}-{mark}.pt")
-        for target, result in zip(due, results, strict=True):
-            assert result.weights is not None
-            write_lora(result.weights, _file(work, target), "diffusers")
-            write_json(
-                _file(work, target).parent / "run.json",
-                {"passes_per_picture": result.exposure, "steps": result.steps},
-            )
+    for exposure in plan.exposures:
+        for rank in plan.ranks:
+            group = [t for t in plan.targets() if (t.rank, t.exposure) == (rank, exposure)]
+            due = [t for t in group if not _file(work, t).exists()]
+            if not due:
+                continue
+            denoiser = load_base("mini", device="cpu")
+            jobs = []
+            for target in due:
+                members = sides(plan, target, pictures).members
+                jobs.append(Job(encode_pictures(denoiser, members, cache=False), target.settings()))
+            checkpoint = work / f"targets-x{exposure}-r{rank}.pt"
+            results = train_many(denoiser, jobs, checkpoint=checkpoint)
+            for target, result in zip(due, results, strict=True):
+                assert result.weights is not None
+                write_lora(result.weights, _file(work, target), "diffusers")
+                write_json(
+                    _file(work, target).parent / "run.json",
+                    {"passes_per_picture": result.exposure, "steps": result.steps},
+                )
+            checkpoint.unlink()
 
 
 THOROUGH = ("secmi", "secmi_nn", "mlp", "blackbox")
 SHADOWED = ("lira", "lira_offline", "rmia")
 
 
-def audit(plan: Plan, target: Target, kind: str, work: Path) -> list[dict[str, Any]]:
-    """Rows of one audit, from the file where it was kept."""
+def audit(plan: Plan, target: Target, kind: str, work: Path) -> dict[str, Any]:
+    """{rows, scores, member} of one audit, from the file where it was kept."""
     kept = _file(work, target).parent / f"audit-{kind}.json"
-    if not kept.exists():
+    if not kept.exists() or "scores" not in json.loads(kept.read_text(encoding="utf-8")):
         options = AuditOptions(
             attacks=",".join({"thorough": THOROUGH, "shadows": SHADOWED}.get(kind, ()))
             or "standard",
@@ -173,7 +212,7 @@ def audit(plan: Plan, target: Target, kind: str, work: Path) -> list[dict[str, A
             shadow_folder=work / f"shadows-x{target.exposure}-r{target.rank}",
         )
         split = sides(plan, target, pool(plan, work))
-        found, _ = audit_membership(
+        found, each = audit_membership(
             load_base("mini", device="cpu"), _file(work, target), split, options
         )
         rows = attack_rows(
@@ -187,8 +226,8 @@ def audit(plan: Plan, target: Target, kind: str, work: Path) -> list[dict[str, A
         for row in rows:
             if row["attack"] == "cdi":
                 row["dataset_inference"] = found["dataset_inference"]
-        write_json(kept, {"rows": rows})
-    return list(json.loads(kept.read_text(encoding="utf-8"))["rows"])
+        write_json(kept, {"rows": rows, "scores": each["scores"], "member": each["member"]})
+    return dict(json.loads(kept.read_text(encoding="utf-8")))
 
 
 def _file(work: Path, target: Target) -> Path:

@@ -26,6 +26,7 @@ from diffward.membership.probe import PROBES, Query
 
 PAIRS = 8  # of the K: evenly spaced timesteps
 SHARE = 4  # a pass that keeps its graph holds so many fewer samples
+PLACES = 4096  # and no more places than one latent of 64 x 64, whose graph takes some 4 GB
 
 
 def gradient_pairs(layout: Layout) -> list[int]:
@@ -53,7 +54,8 @@ def gradients(query: Query) -> Tensor:
     n, k = len(query.latents), len(chosen)
     totals: dict[str, _Totals] = {}
     if modules:
-        size = max(1, query.batch // SHARE)
+        height, width = query.latents.shape[-2:]
+        size = max(1, min(query.batch // SHARE, PLACES // (height * width)))
         for at in torch.arange(n * k, device=query.latents.device).split(size):
             picture, pair = at // k, torch.tensor(chosen)[at.cpu() % k]
             for name, parts in _one_pass(query, modules, picture, pair):
