@@ -35,7 +35,7 @@ def membership_of_report(found, rank=8):
 
 @pytest.mark.parametrize(
     ("passes", "words"),
-    [(4.0, "little is usually"), (25.0, "the more often"), (120.0, "so many usually")],
+    [(4.0, "ten can be enough"), (25.0, "the more often"), (120.0, "so many usually")],
 )
 def test_passes(passes, words):
     said = passes_words({"passes": passes, "steps": 10, "source": "header"})

@@ -140,10 +140,8 @@ def passes_words(exposure: Exposure) -> str:
         "the file's header" if exposure["source"] == "header" else f"{exposure['source']} beside it"
     )
     words = f"Training saw each picture about {count_words(passes)} times, says {source}; "
-    if passes < FEW_PASSES:
-        return words + f"below about {FEW_PASSES:.0f}, little is usually remembered."
     if passes < MANY_PASSES:
-        return words + "the more often, the more is remembered."
+        return words + "ten can be enough to tell, and the more often, the more is remembered."
     return words + "so many usually make a LoRA remember single pictures."
 
 
