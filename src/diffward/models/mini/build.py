@@ -1,6 +1,6 @@
 """Builds `mini` from its seed: `python -m diffward.models.mini.build --work DIR`.
 
-Resumable: run the same command again. On two CPU cores plan for about an hour and a half.
+Resumable: run the same command again. On one CPU core plan for two and a half hours.
 """
 
 from __future__ import annotations
