@@ -212,6 +212,8 @@ def audit(plan: Plan, target: Target, kind: str, work: Path) -> dict[str, Any]:
             captions="unknown" if kind == "unknown" else "known",
             shadows=plan.shadows if kind == "shadows" else 0,
             shadow_epochs=target.exposure,
+            shadow_lr=target.settings().lr,
+            shadow_schedule=target.settings().schedule,
             shadow_folder=work / f"shadows-x{target.exposure}-r{target.rank}",
         )
         split = sides(plan, target, pool(plan, work))

@@ -18,6 +18,7 @@ def audit(
     shadows: int = 0,
     shadow_epochs: float = 50.0,
     shadow_lr: float = 1e-3,
+    shadow_schedule: Literal["constant", "cosine"] = "constant",
     cluster: Literal["ray"] | None = None,
     canaries: bool = False,
     batch: int | None = None,
@@ -53,6 +54,7 @@ def audit(
             OUT/shadows, and a stopped run goes on. 8 to 16 are usual, 4 the least.
         shadow_epochs: passes over each picture of a shadow; as many as the audited LoRA had.
         shadow_lr: learning rate of the shadows.
+        shadow_schedule: how it goes over the steps, as that of the audited LoRA.
         cluster: ray trains the shadows as Ray tasks (pip install diffward[cluster]).
         canaries: bound epsilon from below; the split must come from `diffward split --canaries`.
         batch: samples in one pass; by default what fits the size.
@@ -73,7 +75,8 @@ def audit(
     config = {k: v for k, v in config.items() if isinstance(v, str | int | float | bool | None)}
     options = AuditOptions(
         attacks=attacks, captions=captions, pairs=pairs, canaries=canaries, shadows=shadows,
-        shadow_epochs=shadow_epochs, shadow_lr=shadow_lr, shadow_folder=Path(out) / "shadows", cluster=cluster,
+        shadow_epochs=shadow_epochs, shadow_lr=shadow_lr, shadow_schedule=shadow_schedule,
+        shadow_folder=Path(out) / "shadows", cluster=cluster,
         batch=batch, seed=seed, cache=cache,
     )  # fmt: skip
     check_attacks(attacks)

@@ -36,7 +36,7 @@ class AuditOptions:
         pairs: noise draws a picture.
         canaries: also bound epsilon from below; the split must be one of coin flips.
         shadows: how many shadow LoRAs to train; 0 for none.
-        shadow_epochs, shadow_lr: how they are trained; they should be like the LoRA's own.
+        shadow_epochs, shadow_lr, shadow_schedule: how they are trained; they should be like the LoRA's own.
         shadow_folder: where they are kept.
         cluster: "ray" trains them as Ray tasks.
         batch: denoiser inputs in one pass; None: what fits the size.
@@ -50,6 +50,7 @@ class AuditOptions:
     shadows: int = 0
     shadow_epochs: float = 50.0
     shadow_lr: float = 1e-3
+    shadow_schedule: str = "constant"
     shadow_folder: Path | None = None
     cluster: str | None = None
     batch: int | None = None
@@ -187,9 +188,11 @@ def _shadows(
 ) -> Shadows:  # fmt: skip
     from diffward.membership.shadow import build_shadows, shadow_settings
 
+    named = weights.resolve(denoiser.module_shapes())
     settings = shadow_settings(
-        weights, options.shadow_epochs, lr=options.shadow_lr, seed=options.seed
+        named, options.shadow_epochs, lr=options.shadow_lr, seed=options.seed
     )
+    settings = replace(settings, schedule=options.shadow_schedule)
     folder = options.shadow_folder or Path("runs/shadows")
     return build_shadows(
         denoiser, features, pictures, pairs, settings, folder, count=options.shadows, seed=options.seed,
