@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from diffward.errors import InputError, TrainingError
-from diffward.finetune import METHODS, Settings, train
+from diffward.finetune import Settings, train
 from diffward.finetune.loop import Sampler
+from tests.finetune.stops import Plain, StopAfter, stop_at
 
-Plain = METHODS["plain"].obj
 QUICK = Settings(steps=6, batch=2, rank=2, alpha=3.0, lr=1e-2, seed=5)
 
 
@@ -25,30 +25,6 @@ class Recorder(Plain):
     def loss(self, denoiser, batch):
         self.batches.append(replace(batch, conditioning=batch.conditioning.detach().clone()))
         return super().loss(denoiser, batch)
-
-
-class StopAfter(Plain):
-    """Interrupted within a step, in its forward pass number `passes`."""
-
-    def __init__(self, passes):
-        self.left = passes
-
-    def loss(self, denoiser, batch):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return super().loss(denoiser, batch)
-
-
-StopAfter.__name__ = "Plain"  # for the fingerprint it is the same method
-
-
-def stop_at(step):
-    def on_step(done):
-        if done == step:
-            raise KeyboardInterrupt
-
-    return on_step
 
 
 def result(denoiser):

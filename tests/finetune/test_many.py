@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from diffward.errors import InputError, TrainingError
-from diffward.finetune import METHODS, Settings, train
+from diffward.finetune import Settings, train
 from diffward.finetune.many import Job, group_size, train_many
 from diffward.finetune.stacked_adamw import StackedAdamW, clip_each
 from diffward.models.stacked import stack
+from tests.finetune.stops import Plain, StopAfter, stop_at
 
-Plain = METHODS["plain"].obj
 QUICK = Settings(steps=4, batch=2, rank=2, alpha=3.0, lr=1e-2, seed=5)
 
 
@@ -199,30 +199,6 @@ def test_who_is_done_does_not_move(denoiser, jobs):
     assert [len(result.losses) for result in outcome] == [4, 6, 2]
 
 
-def stop_at(step):
-    def on_step(done, adapter):
-        if done == step:
-            raise KeyboardInterrupt
-
-    return on_step
-
-
-class Stop(Plain):
-    """Interrupted in its forward pass number `passes`."""
-
-    def __init__(self, passes):
-        self.left = passes
-
-    def loss(self, denoiser, batch):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return super().loss(denoiser, batch)
-
-
-Stop.__name__ = "Plain"  # for the fingerprint it is the same method
-
-
 @pytest.mark.parametrize("at_once", [3, 2])
 def test_resumed_is_uninterrupted(denoiser, jobs, tmp_path, at_once):
     file = tmp_path / "state.pt"
@@ -231,9 +207,9 @@ def test_resumed_is_uninterrupted(denoiser, jobs, tmp_path, at_once):
         with pytest.raises(KeyboardInterrupt):
             train_many(denoiser, jobs, checkpoint=file, at_once=at_once, on_step=stop)
     with pytest.raises(KeyboardInterrupt):  # within step 5
-        train_many(denoiser, jobs, method=Stop(0), checkpoint=file, at_once=at_once)
+        train_many(denoiser, jobs, method=StopAfter(0), checkpoint=file, at_once=at_once)
     torch.rand(7)  # the global generator has no say
-    for method in (Plain(), Stop(0)):  # then once more: nothing is left to do
+    for method in (Plain(), StopAfter(0)):  # then once more: nothing is left to do
         again = train_many(denoiser, jobs, method=method, checkpoint=file, at_once=at_once)
         for one, other in zip(straight, again, strict=True):
             assert one.losses == other.losses and same(one.weights, other.weights)

@@ -24,6 +24,7 @@ from diffward.membership.bank import (
     evaluations_made,
 )
 from diffward.membership.evaluate import chosen_attacks, run_attacks
+from diffward.membership.probe import PROBES
 from diffward.membership.statistics import auc
 from diffward.models.features import encode_pictures
 
@@ -102,6 +103,20 @@ def test_a_lora_on_the_text_encoder_alone_shows(denoiser, pictures):
     np.testing.assert_allclose(
         bank.of("errors", OFF), one_by_one(denoiser, pictures, pairs, False), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("probe", PROBES.names())
+def test_a_probe_costs_what_it_declares(denoiser, pictures, probe):
+    """The report's evaluations a picture come from these declarations: they must be what is made."""
+    features = encode_pictures(denoiser, pictures, cache=False)
+    weights = lora(denoiser)
+    denoiser.attach(weights)
+    pairs = Pairs.draw(denoiser, 8)
+    bank = build_bank(denoiser, features, pictures, MEMBER, pairs, weights=weights)
+    for model in (ON, OFF):
+        bank.of(probe, model)
+        declared = PROBES[probe].extra["evaluations"](pairs.layout)
+        assert bank.evaluations[probe, model] == declared * len(pictures)
 
 
 def test_pairs(denoiser):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffward import __version__
 from diffward.data import FeatureCache, cache_root
 from diffward.errors import InputError
 from diffward.membership import probes  # noqa: F401  (registers the probes)
@@ -193,9 +194,7 @@ def build_bank(
                 return torch.cat(parts)
 
             root = cache_root() / "scores" if adapter_id is not None else None
-            where = (
-                f"{probe}-{denoiser.unet_identity}-{denoiser.resolution}-{len(pairs)}-{pairs.seed}"
-            )
+            where = f"{__version__}-{probe}-{denoiser.unet_identity}-{denoiser.resolution}-{len(pairs)}-{pairs.seed}"
             who = adapter_id if model == ON else "base"
             if entry.extra.get("factors") and model == OFF:
                 who = f"base-{seed}-{factor_shapes(weights)}"  # along fresh factors of these shapes

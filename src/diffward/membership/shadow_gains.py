@@ -125,7 +125,10 @@ def leave_one_out(shadows: Shadows, s: int) -> tuple[np.ndarray, np.ndarray, Sha
 
 
 def role_swapped(shadows: Shadows, groups: np.ndarray | None = None) -> Iterator[Bank]:
-    """Each shadow in turn as the target, with what is then known of it, for measuring attacks."""
+    """Each shadow in turn as the target, with what is then known of it, for measuring attacks.
+
+    Of shadows without stored errors only the gain is known: attacks on anything else mean nothing.
+    """
     for s in range(len(shadows)):
         gain, is_member, rest = leave_one_out(shadows, s)
         if shadows.errors is None or shadows.base is None:

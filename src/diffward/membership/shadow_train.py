@@ -74,9 +74,8 @@ def train_shadows(
         raise InputError(
             f"{files[0].parent}: the cluster's machines did not write there; choose a folder they all see"
         )
-    for left in files[0].parent.glob(
-        "training-*.pt"
-    ):  # of other groups, stopped and not gone on with
+    # Of other groups, stopped and not gone on with.
+    for left in files[0].parent.glob("training-*.pt"):
         left.unlink()
 
 
