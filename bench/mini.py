@@ -70,11 +70,11 @@ def named_attributes(n: int) -> dict[str, Any]:
         named = {k: v for k, v in attributes.items() if rng.random() < 0.75}
         prompts.append(caption(domain, named, rng, mention=1.0))
         wanted.append({"domain": list(DOMAINS).index(domain), **named})
-    seen = load_reader().read(sample(load_base("mini", device="cpu"), prompts, seed=SEED))
+    drawn = sample(load_base("mini", device="cpu"), prompts, seed=SEED)
     found: dict[str, list[bool]] = {}
-    for i, row in enumerate(wanted):
-        for k, v in row.items():
-            found.setdefault(k, []).append(bool(seen[k][i] == v))
+    for row in load_reader().hits(drawn, wanted):
+        for k, hit in row.items():
+            found.setdefault(k, []).append(hit)
     rates = {k: float(np.mean(v)) for k, v in found.items()}
     found.pop("domain")
     value = float(np.mean([hit for hits in found.values() for hit in hits]))

@@ -3,11 +3,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 
-def listing(what: Literal["attacks", "methods", "bases"], json: bool = False) -> None:
+def listing(what: Literal["attacks", "methods", "metrics", "bases"], json: bool = False) -> None:
     """What diffward knows of, with paper, access needed and cost.
 
     Args:
-        what: attacks, methods or bases.
+        what: attacks, methods, metrics or bases.
         json: print JSON.
     """
     rows = _rows(what)
@@ -31,8 +31,10 @@ def _rows(what: str) -> list[dict[str, Any]]:
         ]
     if what == "attacks":
         from diffward.membership.evaluate import ATTACKS as registry
-    else:
+    elif what == "methods":
         from diffward.finetune import METHODS as registry  # type: ignore[assignment]
+    else:
+        from diffward.metrics import METRICS as registry  # type: ignore[assignment]
     return [
         {"name": e.name, "what": e.summary, "paper": e.paper, "access": e.access, "cost": e.cost}
         for e in registry

@@ -2,7 +2,7 @@
 
 Everywhere: scores are 1-d float arrays and HIGHER MEANS MEMBER. `members` are the scores of the
 pictures the model was trained on, `non_members` of those held out of the same random split. AUC,
-TPR and their intervals are in `intervals`, and importable from here.
+TPR and their intervals are in `metrics.roc`, and importable from here.
 
 `inflation` stands wherever the scores are cross-fitted (`crossfit.crossfit_inflation`): they depend
 on one another, so that the AUC spreads wider than formulas for independent scores say.
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from diffward.errors import InputError
-from diffward.membership.intervals import (
+from diffward.metrics.roc import (
     Interval,
     Scores,
     advantage,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffward.errors import InputError
 from diffward.files import atomic_path
 from diffward.models.mini import READER, world
 from diffward.models.mini.attributes import ATTRIBUTES, DOMAINS, Person
@@ -59,6 +60,22 @@ class Reader(nn.Module):
         parts = [self(to_tensor(pixels[i : i + 128])) for i in range(0, len(pixels), 128)]
         return {name: torch.cat([p[name] for p in parts]).argmax(1).numpy() for name in ATTRIBUTES}
 
+    @torch.inference_mode()
+    def features(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (n, 64, 64, 3) to float32 (n, 192), what all heads read: features for FID and KID."""
+        parts = [self.body(to_tensor(pixels[i : i + 128])) for i in range(0, len(pixels), 128)]
+        return torch.cat(parts).numpy()
+
+    def hits(self, pixels: np.ndarray, wanted: list[dict[str, int]]) -> list[dict[str, bool]]:
+        """Whether each of n pictures shows each value that is wanted of it: {attribute: index}."""
+        if len(pixels) != len(wanted):
+            raise InputError(f"{len(pixels)} pictures, but wishes for {len(wanted)}")
+        seen = self.read(pixels)
+        return [
+            {name: bool(seen[name][i] == value) for name, value in row.items()}
+            for i, row in enumerate(wanted)
+        ]
+
     def matches(self, pixels: np.ndarray, person: Person) -> np.ndarray:
         """Whether each picture (n,) is a portrait that shows `person`."""
         seen = self.read(pixels)
@@ -75,6 +92,20 @@ def load_reader(path: Path = READER) -> Reader:
     reader = Reader()
     reader.load_state_dict(load_file(path))
     return reader.eval()
+
+
+def attribute_agreement(
+    reader: Reader, pixels: np.ndarray, wanted: list[dict[str, int]]
+) -> np.ndarray:
+    """Share (n,) of the wanted attributes that each picture shows right: how well captions are kept.
+
+    Raises:
+        InputError: nothing is wanted of a picture, or `wanted` is not one for each.
+    """
+    hits = reader.hits(pixels, wanted)
+    if empty := [i for i, row in enumerate(hits) if not row]:
+        raise InputError(f"picture {empty[0]}: no attribute is wanted of it ({len(empty)} such)")
+    return np.array([np.mean(list(row.values())) for row in hits])
 
 
 def save_reader(reader: Reader, path: Path) -> None:

@@ -1,7 +1,8 @@
-"""AUC and TPR of two score vectors, and their confidence intervals.
+"""The ROC curve of two score vectors: AUC, TPR at a given FPR, and their confidence intervals.
 
 Everywhere: scores are 1-d float arrays and HIGHER MEANS MEMBER. `members` are the scores of the
-pictures the model was trained on, `non_members` of those held out of the same random split.
+pictures the model was trained on, `non_members` of those held out of the same random split. Here,
+below training and the audit, as both read off how well members are told from others.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def auc_interval(
 
     The bootstrap carries ties, unequal spread and groups; Newcombe's the small samples, where a
     bootstrap of 5 against 5 separated pictures would claim [1, 1]. `inflation` lengthens both arms,
-    for scores that depend on one another (`crossfit.crossfit_inflation`).
+    for scores that depend on one another (`membership.crossfit.crossfit_inflation`).
     """
     members, non_members = check_scores(members, non_members)
     boot = bootstrap(members, non_members, "auc", seed=seed, groups=groups)
