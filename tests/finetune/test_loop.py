@@ -10,7 +10,7 @@ import torch
 
 from diffward.errors import InputError, TrainingError
 from diffward.finetune import Settings, train
-from diffward.finetune.loop import Sampler
+from diffward.finetune.sampler import Sampler
 from tests.finetune.stops import Plain, StopAfter, stop_at
 
 QUICK = Settings(steps=6, batch=2, rank=2, alpha=3.0, lr=1e-2, seed=5)

@@ -29,6 +29,7 @@ def parse(function: Callable[..., Any], program: str, args: list[str]) -> dict[s
     """The keyword arguments that a command line gives to `function`.
 
     Parameters without default are positional; a dataclass parameter is spread into plain options;
+    a dataclass within it keeps its name (`--dp.epsilon`);
     `--config FILE.yaml` reads options from a file. `--fail-above` and `--fail_above` are the same.
     """
     doc = (inspect.getdoc(function) or "").strip()
@@ -44,22 +45,35 @@ def parse(function: Callable[..., Any], program: str, args: list[str]) -> dict[s
     )
     for kind in spread.values():
         parser.add_class_arguments(kind, as_group=False)
-    flags = {
-        name
-        for signature in (
-            inspect.signature(function),
-            *(inspect.signature(kind) for kind in spread.values()),
-        )
-        for name, parameter in signature.parameters.items()
-        if parameter.annotation in (bool, "bool")
-    }
+    flags = set().union(*(_flags(thing) for thing in (function, *spread.values())))
     config = parser.parse_args(_switched([_underscored(a) for a in args], flags))
     config.pop("config", None)
     values = dict(config.as_dict())
     for name, kind in spread.items():
-        fields = kind.__dataclass_fields__
-        values[name] = kind(**{field: values.pop(field) for field in fields})
+        values[name] = _build(
+            kind, {field: values.pop(field) for field in kind.__dataclass_fields__}
+        )
     return values
+
+
+def _build(kind: Any, given: dict[str, Any]) -> Any:
+    """A dataclass of its fields' values, those of nested ones as dictionaries."""
+    hints = get_type_hints(kind)
+    return kind(
+        **{k: _build(hints[k], v) if is_dataclass(hints[k]) else v for k, v in given.items()}
+    )
+
+
+def _flags(thing: Any) -> set[str]:
+    """Names of the switches of a function or dataclass; `group.name` of those in a nested one."""
+    found = set()
+    for name in inspect.signature(thing).parameters:
+        kind = get_type_hints(thing)[name]
+        if kind is bool:
+            found.add(name)
+        elif is_dataclass(kind):
+            found |= {f"{name}.{inner}" for inner in _flags(kind)}
+    return found
 
 
 def _underscored(arg: str) -> str:

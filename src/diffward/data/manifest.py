@@ -31,6 +31,8 @@ class Manifest:
         groups: what the search for near-duplicates found, as counts.
         source: what the pictures were, without paths and names.
         crossing: (member, non-member) pairs of near-duplicates; empty in a random split.
+        auxiliary: those of either side that the training compared (a proxy attacker, a gauge): an
+            audit must not judge by them.
         kind: "coin" if an independent fair coin decided each picture, which a lower bound on
             epsilon needs; "half" for every other split, also into unequal parts or by the user.
     """
@@ -42,6 +44,7 @@ class Manifest:
     source: str = ""
     crossing: list[tuple[str, str]] = field(default_factory=list)
     kind: Kind = "half"
+    auxiliary: list[str] = field(default_factory=list)
 
     @property
     def is_coin(self) -> bool:
@@ -67,6 +70,10 @@ class Manifest:
         for side, hashes in (("members", self.members), ("non-members", self.non_members)):
             if not hashes:
                 raise InputError(f"the split has no {side}; both sides need at least one picture")
+        if not set(self.auxiliary) <= {*self.members, *self.non_members}:
+            raise InputError(
+                "the split's auxiliary pictures are on neither side; make the split again"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
@@ -81,6 +88,7 @@ class Manifest:
                 "members": self.members,
                 "non_members": self.non_members,
                 "crossing": [list(pair) for pair in self.crossing],
+                **({"auxiliary": self.auxiliary} if self.auxiliary else {}),
             },
         )
 
@@ -111,6 +119,7 @@ class Manifest:
             source=str(data.get("source", "")),
             crossing=[(str(a), str(b)) for a, b in _pairs(data.get("crossing"))],
             kind=data.get("kind", "half"),  # `check` refuses others; early manifests have none
+            auxiliary=_hashes(path, data, "auxiliary") if "auxiliary" in data else [],
         )
         try:
             manifest.check()

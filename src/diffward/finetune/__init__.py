@@ -1,6 +1,7 @@
 """One training loop; a method is a step object in one file."""
 
-from diffward.finetune import plain as plain  # registers the method
+from diffward.finetune import distill as distill  # registers the methods
+from diffward.finetune import plain as plain
 from diffward.finetune.loop import TrainResult as TrainResult
 from diffward.finetune.loop import train as train
 from diffward.finetune.method import METHODS as METHODS

@@ -6,17 +6,19 @@ All randomness comes from (seed, step): a resumed run gives the same weights as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from diffward.errors import TrainingError
+from diffward.errors import InputError, TrainingError
 from diffward.finetune.checkpoint import Checkpoint
-from diffward.finetune.method import Batch, Method
+from diffward.finetune.gauge import Reading, Watch
+from diffward.finetune.method import Auxiliary, Batch, Method, Run
+from diffward.finetune.sampler import Sampler, seed_of
 from diffward.finetune.settings import Settings
 from diffward.progress import progress
 
@@ -28,12 +30,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainResult:
-    """What a run leaves: the adapter (None after full fine-tuning) and the loss of each step."""
+    """What a run leaves: the adapter (None after full fine-tuning) and the loss of each step.
+
+    `steps` were made; the weights are those after `kept_at` of them, if the method or the gauge chose.
+    `facts` may stand in the model file.
+    """
 
     steps: int
     exposure: float
     weights: LoraWeights | None
     losses: list[float] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
+    kept_at: int | None = None
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -42,8 +51,11 @@ def train(
     method: Method,
     settings: Settings,
     *,
+    auxiliary: Auxiliary | None = None,
+    prior: Features | None = None,
     checkpoint: Path | None = None,
     repeats: list[int] | None = None,
+    groups: Sequence[int] | None = None,
     on_start: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
@@ -51,12 +63,17 @@ def train(
 
     Args:
         features: encoded pictures and captions.
+        auxiliary: pictures that the method or the gauge may compare.
+        prior: class pictures whose plain loss is added, `settings.prior_weight` times (DreamBooth, Ruiz
+            et al. 2023).
         checkpoint: file to resume from and to save to; None keeps nothing.
         repeats: how often each picture counts in an epoch (kohya's repeat folders).
+        groups: near-duplicates among the pictures share a number, where a method has to keep them together.
         on_start: called with the step the run starts or resumes from, once the checkpoint is accepted.
         on_step: called with the number of finished steps, 0 before the first.
 
     Raises:
+        InputError: the method cannot work with these settings or pictures, or the checkpoint is another run's.
         TrainingError: the loss is not finite (with step and pictures), or `lora_B` does not move.
         KeyboardInterrupt: after saving the checkpoint.
     """
@@ -67,6 +84,10 @@ def train(
         row for row, times in zip(range(len(features)), repeats, strict=True) for _ in range(times)
     ]
     total = settings.total_steps(len(order))
+    _check_method(method, settings, auxiliary)
+    told = _fingerprint(settings, features, denoiser, method, order, total, auxiliary, prior)
+    folder = checkpoint.parent if checkpoint else None
+    method.precede(denoiser, features, settings, order, folder, groups)
     parameters = _trainable(denoiser, settings)
     if settings.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
@@ -76,121 +97,139 @@ def train(
         log_with=settings.track if settings.track != "none" else None,
         project_dir=str(checkpoint.parent) if checkpoint else None,
     )
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True
-    )
-    run = _fingerprint(settings, features, denoiser, method, order, total)
-    saved = Checkpoint(checkpoint, parameters, optimizer, run)
-    start, losses = saved.load()
-    if on_start:
-        on_start(start)
     bare = denoiser.unet
-    if accelerator.num_processes > 1:
-        denoiser.unet, optimizer = accelerator.prepare(denoiser.unet, optimizer)
-    if settings.track != "none":
-        accelerator.init_trackers("logs")
-    draw = Sampler(
-        denoiser, features, settings, order, accelerator.process_index, accelerator.num_processes
-    )
-    on_step = on_step or (lambda step: None)
-    whole = True
+    run = Run(denoiser, features, settings, parameters, order, total, auxiliary)
     try:
-        with progress("train", total, start) as bar:
-            if start == 0:
-                on_step(0)
-            for step in range(start, total):
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.rate(step, total)
-                value = 0.0
-                for micro in range(settings.accumulate):
-                    batch = draw(step, micro)
-                    loss = method.loss(denoiser, batch)
-                    _check_finite(loss, step, batch, features)
-                    accelerator.backward(loss.mean() / settings.accumulate)
-                    value += float(loss.detach().mean()) / settings.accumulate
-                if settings.clip:
-                    accelerator.clip_grad_norm_(parameters, settings.clip)
-                # Stopped between here and the new loss, a step is half made and must not be saved.
-                whole = False
-                optimizer.step()
-                losses.append(value)
-                whole = True
-                optimizer.zero_grad(set_to_none=True)
-                if step == 0 and settings.tune == "lora":
-                    _check_moved(parameters)
-                if settings.track != "none":
-                    accelerator.log({"loss": value, "lr": settings.rate(step, total)}, step=step)
-                bar.advance(f"loss {sum(losses[-50:]) / len(losses[-50:]):.4f}")
-                if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
-                    saved.save(step + 1, losses)
-                on_step(step + 1)
-    except KeyboardInterrupt:
-        if whole:
-            saved.save(len(losses), losses)
-        raise
+        method.start(run)
+        watch = Watch(run, method)
+        optimizer = method.prepare(
+            torch.optim.AdamW(
+                parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True
+            )
+        )
+        saved = Checkpoint(
+            checkpoint, parameters, optimizer, told, {"method": method, "watch": watch}
+        )
+        start, losses = saved.load()
+        if on_start:
+            on_start(start)
+        if accelerator.num_processes > 1:
+            denoiser.unet, optimizer = accelerator.prepare(denoiser.unet, optimizer)
+        if settings.track != "none":
+            accelerator.init_trackers("logs")
+        steps = _Steps(run, method, optimizer, accelerator, prior)
+        on_step = on_step or (lambda step: None)
+        whole, done = True, start
+        try:
+            with progress("train", total, start) as bar:
+                if start == 0:
+                    on_step(0)
+                while not watch.look(done) and done < total:
+                    loss = steps.gradient(done, losses)
+                    # Stopped between here and the new loss, a step is half made and must not be saved.
+                    whole = False
+                    steps.step(done)
+                    losses.append(loss)
+                    done, whole = done + 1, True
+                    if done == 1 and settings.tune == "lora":
+                        _check_moved(parameters)
+                    if settings.track != "none":
+                        accelerator.log(_logged(loss, settings.rate(done - 1, total), watch), done)
+                    recent = f"loss {sum(losses[-50:]) / len(losses[-50:]):.4f}"
+                    bar.advance(", ".join(filter(None, [recent, method.told(), watch.told()])))
+                    if done % settings.checkpoint_every == 0 and accelerator.is_main_process:
+                        saved.save(done, losses)
+                    on_step(done)
+        except KeyboardInterrupt:
+            if whole:
+                saved.save(done, losses)
+            raise
+        if settings.track != "none":
+            accelerator.end_training()
+        if done > start and accelerator.is_main_process:
+            saved.save(done, losses)
+        watch.restore()
     finally:
+        method.finish()
         denoiser.unet = bare
         if settings.gradient_checkpointing:
             denoiser.unet.disable_gradient_checkpointing()
-    if settings.track != "none":
-        accelerator.end_training()
-    if total > start and accelerator.is_main_process:
-        saved.save(total, losses)
     adapter = denoiser.trainable_adapter
-    exposure = total * settings.batch * settings.accumulate * accelerator.num_processes / len(order)
-    return TrainResult(total, exposure, adapter.weights() if adapter else None, losses)
+    shown = settings.batch * settings.accumulate * accelerator.num_processes / len(order)
+    return TrainResult(
+        done, (done if watch.kept_at is None else watch.kept_at) * shown, adapter.weights() if adapter else None,
+        losses, watch.readings, watch.kept_at, method.facts(),
+    )  # fmt: skip
 
 
-class Sampler:
-    """Draws the batch of a step: pictures in a fresh order each epoch, uniform t, normal noise."""
+class _Steps:
+    """The two halves of a step: its gradient, and the move."""
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        features: Features,
-        settings: Settings,
-        order: list[int],
-        rank: int,
-        world: int,
-    ) -> None:
-        self.denoiser, self.features, self.settings = denoiser, features, settings
-        self.order, self.rank, self.world = torch.tensor(order), rank, world
-        self.timesteps = denoiser.schedule.config.num_train_timesteps
-        adapts_text = settings.text_encoder
-        self._ids = denoiser.tokenize(features.captions) if adapts_text else None
-        drops = settings.drop_caption > 0
-        self._null_ids = denoiser.tokenize([""]) if drops else None
-        self._null = denoiser.condition([""]) if drops and not adapts_text else None
-        self._epoch: tuple[int, Tensor] = (-1, self.order)
+        self, run: Run, method: Method, optimizer: torch.optim.Optimizer, accelerator: Any,
+        prior: Features | None,
+    ) -> None:  # fmt: skip
+        self.run, self.method, self.optimizer, self.accelerator = (
+            run,
+            method,
+            optimizer,
+            accelerator,
+        )
+        settings = run.settings
+        place = accelerator.process_index, accelerator.num_processes
+        self.draw = Sampler(run.denoiser, run.features, settings, run.order, *place)
+        self.draw_prior = None
+        if prior is not None:
+            other = replace(settings, seed=seed_of(settings.seed, 0, 1 << 22, 0))
+            self.draw_prior = Sampler(run.denoiser, prior, other, list(range(len(prior))), *place)
 
-    def __call__(self, step: int, micro: int) -> Batch:
-        size, device = self.settings.batch, self.denoiser.device
-        first = ((step * self.settings.accumulate + micro) * self.world + self.rank) * size
-        rows = torch.stack([self._row(first + i) for i in range(size)])
-        generator = torch.Generator().manual_seed(_seed(self.settings.seed, step, micro, self.rank))
-        latents = self.features.latents[rows.to(device)]
-        t = torch.randint(self.timesteps, (size,), generator=generator).to(device)
-        eps = torch.randn(latents.shape, generator=generator).to(device)
-        dropped = torch.rand(size, generator=generator) < self.settings.drop_caption
-        return Batch(latents, self._conditioning(rows.to(device), dropped.to(device)), t, eps, rows)
+    def gradient(self, step: int, losses: list[float]) -> float:
+        """Accumulate the gradient of a step; gives its mean loss (the last one's if it drew no picture)."""
+        settings, denoiser = self.run.settings, self.run.denoiser
+        value, parts = 0.0, 0
+        for micro in range(settings.accumulate):
+            rows = self.method.rows(step, micro)
+            if rows is not None and not len(rows):
+                continue
+            batch = self.draw(step, micro, rows)
+            loss = self.method.loss(denoiser, batch)
+            _check_finite(loss, step, batch, self.run.features)
+            goal = loss.mean()
+            if self.draw_prior:
+                other = self.draw_prior(step, micro)
+                errors = denoiser.errors(other.latents, other.t, other.eps, other.conditioning)
+                goal = goal + settings.prior_weight * errors.mean()
+            self.accelerator.backward(goal / settings.accumulate)
+            value, parts = value + float(loss.detach().mean()), parts + 1
+        return value / parts if parts else (losses[-1] if losses else 0.0)
 
-    def _row(self, position: int) -> Tensor:
-        epoch, place = divmod(position, len(self.order))
-        if epoch != self._epoch[0]:
-            generator = torch.Generator().manual_seed(_seed(self.settings.seed, epoch, 1 << 20, 0))
-            self._epoch = (epoch, self.order[torch.randperm(len(self.order), generator=generator)])
-        return self._epoch[1][place]
+    def step(self, step: int) -> None:
+        settings = self.run.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate(step, self.run.total)
+        if settings.clip and not self.method.own_clipping:
+            self.accelerator.clip_grad_norm_(self.run.parameters, settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(step)
 
-    def _conditioning(self, rows: Tensor, dropped: Tensor) -> Tensor:
-        if self._ids is None:
-            conditioning = self.features.conditioning(rows)
-            if self._null is not None:
-                conditioning = torch.where(dropped[:, None, None], self._null, conditioning)
-            return conditioning
-        ids = self._ids[rows]
-        if self._null_ids is not None:
-            ids = torch.where(dropped[:, None], self._null_ids, ids)
-        return self.denoiser.embed(ids)
+
+def _check_method(method: Method, settings: Settings, auxiliary: Auxiliary | None) -> None:
+    if (method.needs_auxiliary or method.needs_gauge) and auxiliary is None:
+        raise InputError(
+            f"method {type(method).__name__.lower()} compares members with pictures that do not train; hold "
+            "some out with --holdout, or give others with --holdout-data"
+        )
+    if method.needs_auxiliary and settings.text_encoder and settings.drop_caption:
+        raise InputError("--text-encoder with --drop-caption: not with this method; leave one out")
+
+
+def _logged(loss: float, rate: float, watch: Watch) -> dict[str, float]:
+    values = {"loss": loss, "lr": rate}
+    if watch.readings:
+        last = watch.readings[-1]
+        values |= {"validation_loss": last.validation_loss, "member_auc": last.auc}
+    return values
 
 
 def _trainable(denoiser: Denoiser, settings: Settings) -> list[nn.Parameter]:
@@ -200,7 +239,7 @@ def _trainable(denoiser: Denoiser, settings: Settings) -> list[nn.Parameter]:
         return [p.requires_grad_(True) for module in trained for p in module.parameters()]
     # The factors start from the seed alone, whatever ran before in this process.
     with torch.random.fork_rng():
-        torch.manual_seed(_seed(settings.seed, 0, 1 << 21, 0))
+        torch.manual_seed(seed_of(settings.seed, 0, 1 << 21, 0))
         adapter = denoiser.inject(
             settings.rank,
             settings.alpha,
@@ -208,17 +247,6 @@ def _trainable(denoiser: Denoiser, settings: Settings) -> list[nn.Parameter]:
             text_encoder=settings.text_encoder,
         )
     return adapter.parameters()
-
-
-def _seed(seed: int, a: int, b: int, c: int) -> int:
-    """One seed from several numbers (a splitmix-like hash: neighbours must not be alike)."""
-    value = seed & (2**63 - 1)
-    for part in (a, b, c):
-        value = (
-            value ^ (part + 0x9E3779B97F4A7C15 + (value << 6) + (value >> 2))
-        ) * 0xBF58476D1CE4E5B9
-        value &= 2**63 - 1
-    return value
 
 
 def _check_finite(loss: Tensor, step: int, batch: Batch, features: Features) -> None:
@@ -246,23 +274,29 @@ def _fingerprint(
     method: Method,
     order: list[int],
     total: int,
+    auxiliary: Auxiliary | None = None,
+    prior: Features | None = None,
 ) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
-    import hashlib
     from dataclasses import asdict
 
-    told = {
-        k: v
-        for k, v in asdict(settings).items()
-        if k not in ("checkpoint_every", "sample_every", "sample_prompts", "track")
-    }
-    data = hashlib.sha256(features.latents.float().cpu().numpy().tobytes())
-    data.update("\0".join(features.captions).encode())
-    data.update(str(order).encode())
+    told: dict[str, Any] = {}
+    for key, value in asdict(settings).items():
+        if key not in ("checkpoint_every", "sample_every", "sample_prompts", "track"):
+            told |= (
+                {f"{key}.{k}": v for k, v in value.items()}
+                if isinstance(value, dict)
+                else {key: value}
+            )
+    if auxiliary:
+        rows = f"{auxiliary.members.tolist()}{auxiliary.gauge_members.tolist()}"
+        told["holdout"] = auxiliary.non_members.digest(rows) + auxiliary.validation.digest()
+    if prior is not None:
+        told["prior pictures"] = prior.digest()
     return {
         **told,
         "total": total,
-        "data": data.hexdigest(),
+        "data": features.digest(str(order)),
         "base": denoiser.unet_identity,
         "precision": str(denoiser.compute_dtype),
         "method": type(method).__name__,

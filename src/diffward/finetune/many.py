@@ -19,7 +19,6 @@ from torch import nn
 from diffward.errors import InputError, TrainingError
 from diffward.finetune.checkpoint import Checkpoint
 from diffward.finetune.loop import (
-    Sampler,
     TrainResult,
     _check_finite,
     _check_moved,
@@ -27,6 +26,7 @@ from diffward.finetune.loop import (
     _trainable,
 )
 from diffward.finetune.method import METHODS, Batch, Method
+from diffward.finetune.sampler import Sampler
 from diffward.finetune.settings import Settings
 from diffward.finetune.stacked_adamw import StackedAdamW, clip_each
 from diffward.models.stacked import StackedAdapter, stack
@@ -64,7 +64,7 @@ def train_many(
     method: Method | None = None,
     checkpoint: Path | None = None,
     at_once: int | None = None,
-    on_step: Callable[[int, StackedAdapter], None] | None = None,
+    on_step: Callable[[int, StackedAdapter], object] | None = None,
 ) -> list[TrainResult]:
     """Train one LoRA a job; the results in the jobs' order. The base is bare afterwards.
 
@@ -74,7 +74,7 @@ def train_many(
         at_once: LoRAs in one pass (`group_size` by default); more jobs go in several groups, the longest
             runs first.
         on_step: called with the finished steps of a group, 0 before the first, and its adapter, whose
-            `labels` are the numbers of its jobs.
+            `labels` are the numbers of its jobs; a true answer ends the group's training.
 
     Raises:
         InputError: the jobs cannot be trained together, or the checkpoint is of other jobs.
@@ -122,7 +122,7 @@ class _Group:
         self.steps = [job.steps for job in self.jobs]
 
     def train(
-        self, file: Path | None, on_step: Callable[[int, StackedAdapter], None], label: str
+        self, file: Path | None, on_step: Callable[[int, StackedAdapter], object], label: str
     ) -> list[TrainResult]:
         """Train all to their end; takes the adapter off again."""
         unet = self.denoiser.unet
@@ -135,8 +135,8 @@ class _Group:
             losses = self._run(file, on_step, label)
             return [
                 TrainResult(
-                    steps=job.steps,
-                    exposure=job.steps * job.settings.batch / len(job.order),
+                    steps=len(losses[k]),
+                    exposure=len(losses[k]) * job.settings.batch / len(job.order),
                     weights=self.adapter.weights(k),
                     losses=losses[k],
                 )
@@ -154,7 +154,7 @@ class _Group:
         return self.denoiser.trainable_adapter.weights()
 
     def _run(
-        self, file: Path | None, on_step: Callable[[int, StackedAdapter], None], label: str
+        self, file: Path | None, on_step: Callable[[int, StackedAdapter], object], label: str
     ) -> list[list[float]]:
         """The steps; gives the losses of each job."""
         settings, total = [job.settings for job in self.jobs], self.steps[0]
@@ -171,9 +171,8 @@ class _Group:
         every, done, whole = min(s.checkpoint_every for s in settings), start, True
         try:
             with progress(label, total, start) as bar:
-                if start == 0:
-                    on_step(0, self.adapter)
-                for step in range(start, total):
+                ended = start == 0 and on_step(0, self.adapter)
+                for step in range(start, 0 if ended else total):
                     self.adapter.active = count = self._running(step)
                     found = self._backward([draw(step, 0) for draw in draws[:count]], step)
                     clip_each(parameters, [s.clip for s in settings[:count]])
@@ -191,14 +190,15 @@ class _Group:
                     bar.advance(f"loss {sum(found) / count:.4f}")
                     if done % every == 0:
                         saved.save(done, losses)
-                    on_step(done, self.adapter)
+                    if on_step(done, self.adapter):
+                        break
         except KeyboardInterrupt:
             if whole:
                 saved.save(done, losses)
             raise
-        if total > start:
-            saved.save(total, losses)
-        return self._by_job(losses)
+        if done > start:
+            saved.save(done, losses)
+        return self._by_job(losses, done)
 
     def _running(self, step: int) -> int:
         return sum(steps > step for steps in self.steps)
@@ -221,10 +221,10 @@ class _Group:
             with _named(number):
                 _check_moved([nn.Parameter(p.detach()[k]) for p in self.adapter.parameters()])
 
-    def _by_job(self, losses: list[float]) -> list[list[float]]:
+    def _by_job(self, losses: list[float], done: int) -> list[list[float]]:
         found: list[list[float]] = [[] for _ in self.jobs]
         rest = iter(losses)
-        for step in range(self.steps[0]):
+        for step in range(done):
             for k in range(self._running(step)):
                 found[k].append(next(rest))
         return found

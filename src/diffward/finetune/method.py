@@ -1,20 +1,30 @@
 """What a training method is, and the registry of them.
 
 The loop draws the batch and the noise, calls `loss`, and does the rest. A method turns a batch into
-one loss a sample; it never averages and never steps.
+one loss a sample; it never averages and never steps the trained weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from diffward.registry import Registry
 
 if TYPE_CHECKING:
+    from diffward.finetune.gauge import Reading
+    from diffward.finetune.settings import Settings
     from diffward.models.denoiser import Denoiser
+    from diffward.models.features import Features
+
+Verdict = Literal["go", "keep", "stop"]
 
 
 @dataclass
@@ -28,12 +38,140 @@ class Batch:
     rows: Tensor
 
 
-class Method(Protocol):
-    """One way of fine-tuning."""
+@dataclass
+class Auxiliary:
+    """Pictures that the training itself compares; an audit must not judge them.
+
+    Attributes:
+        members: rows (long) of the training features that a proxy attacker may learn from.
+        non_members: pictures that do not train, for the proxy attacker.
+        gauge_members: rows of the training features for the gauge, none of `members`.
+        validation: pictures that do not train, for the gauge and the validation loss, none of `non_members`.
+    """
+
+    members: Tensor
+    non_members: Features
+    gauge_members: Tensor
+    validation: Features
+
+
+@dataclass
+class Run:
+    """What a method may know of the run that it is part of; `total` counts optimizer steps."""
+
+    denoiser: Denoiser
+    features: Features
+    settings: Settings
+    parameters: list[nn.Parameter]
+    order: list[int]
+    total: int
+    auxiliary: Auxiliary | None = None
+    _frozen: dict[str, nn.Module] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.settings.tune == "full":
+            # Full fine-tuning overwrites the base: the reference is a copy, made when first needed.
+            self._frozen = {"unet": self.denoiser.unet}
+
+    def keep_reference(self) -> None:
+        """Remember the base as it now is; a method that needs `reference` calls this in `start`."""
+        for name in self._frozen:
+            self._frozen[name] = copy.deepcopy(self.denoiser.unet).requires_grad_(False)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within the block the denoiser is the base that the run started from."""
+        if not self._frozen:
+            with self.denoiser.adapter(False):
+                yield
+            return
+        trained, self.denoiser.unet = self.denoiser.unet, self._frozen["unet"]
+        try:
+            yield
+        finally:
+            self.denoiser.unet = trained
+
+    @torch.no_grad()
+    def reference_errors(self, features: Features, batch: Batch) -> Tensor:
+        """Squared errors (B, C, h, w) of the base on a batch of `features`, same t and noise."""
+        conditioning = batch.conditioning
+        if self.settings.text_encoder:
+            conditioning = features.conditioning(batch.rows.to(self.denoiser.device))
+        with self.reference():
+            return self.denoiser.errors(batch.latents, batch.t, batch.eps, conditioning)
+
+
+class Method:
+    """One way of fine-tuning. Only `loss` is required.
+
+    Attributes:
+        needs_auxiliary: whether it compares members with pictures that do not train.
+        needs_gauge: whether it wants readings of the gauge.
+        own_clipping: whether it bounds the gradient itself, so that the loop must not.
+    """
+
+    needs_auxiliary: ClassVar[bool] = False
+    needs_gauge: ClassVar[bool] = False
+    own_clipping: ClassVar[bool] = False
+
+    def precede(
+        self, denoiser: Denoiser, features: Features, settings: Settings, order: list[int], folder: Path | None,
+        groups: Sequence[int] | None,
+    ) -> None:  # fmt: skip
+        """Called first of all, while the base is bare.
+
+        Args:
+            order: rows of one epoch.
+            folder: where the run keeps its own files; None keeps nothing.
+            groups: near-duplicates among the pictures share a number; None where every picture is its own.
+
+        Raises:
+            InputError: the method cannot work with these settings or pictures.
+        """
+
+    def start(self, run: Run) -> None:
+        """Called once, with the adapter in place, before the optimizer is made.
+
+        Raises:
+            InputError: the method cannot work with these settings or pictures.
+        """
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer that steps; a method may wrap the loop's."""
+        return optimizer
+
+    def rows(self, step: int, micro: int) -> Tensor | None:
+        """Rows (n,) of the pictures of this forward pass, perhaps none; None: in the loop's order."""
+        return None
 
     def loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:
         """The loss (B,) of each sample, with gradient."""
-        ...
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Called after optimizer step number `step`, from 0."""
+
+    def read(self, reading: Reading) -> Verdict:
+        """What a reading of the gauge means: go on, keep these weights as the best, or stop."""
+        return "go"
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs: tensors, numbers, strings, and containers of them."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up `state` again."""
+
+    def told(self) -> str:
+        """A few words for the progress line."""
+        return ""
+
+    def facts(self) -> dict[str, str]:
+        """What the model file's header may say of the method; nothing about the data."""
+        return {}
+
+    def finish(self) -> None:
+        """Take off what `start` put on the denoiser."""
 
 
 METHODS: Registry[type[Method]] = Registry("method")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from diffward.finetune.method import METHODS, Batch
+from diffward.finetune.method import METHODS, Batch, Method
 
 if TYPE_CHECKING:
     from diffward.models.denoiser import Denoiser
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     access="-",
     cost="1 forward and backward a step",
 )
-class Plain:
+class Plain(Method):
     """Plain fine-tuning, no protection: L = ||prediction - target||^2, averaged over a latent."""
 
     def loss(self, denoiser: Denoiser, batch: Batch) -> Tensor:

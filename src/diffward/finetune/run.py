@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffward.data import Manifest, Pictures, random_split, select
+from diffward.data import Manifest, Pictures, near_duplicate_groups, random_split, select
 from diffward.errors import InputError
 from diffward.files import write_json
+from diffward.finetune.auxiliary import build_auxiliary, mark_auxiliary
 from diffward.finetune.loop import TrainResult, train
 from diffward.finetune.method import METHODS
 from diffward.finetune.samples import SampleGrid
@@ -33,6 +34,9 @@ def run_training(
     out: Path,
     *,
     split: Manifest | None = None,
+    auxiliary: float = 0.5,
+    others: Pictures | None = None,
+    prior: Pictures | None = None,
     config: dict[str, Any] | None = None,
     cache: bool = True,
 ) -> TrainResult:
@@ -42,16 +46,31 @@ def run_training(
     if there is a split, `samples.png` if there are prompts. Running it again resumes, or returns at
     once if it had finished. Nothing about the data is written into the model file.
 
+    Args:
+        auxiliary: share of either side of `split` that a private method and the gauge may compare; the
+            audit leaves it out. A split that says which keeps its own.
+        others: pictures that do not train, for the private method in place of held-out ones.
+        prior: class pictures (DreamBooth's prior preservation).
+
     Raises:
         InputError: `out` holds another run, or there is nothing to train on.
     """
     entry = METHODS[method]
+    gauge = settings.gauge.every or settings.gauge.stop_auc
+    compares = bool(entry.obj.needs_auxiliary or entry.obj.needs_gauge or gauge)
+    if compares:
+        split = _compared(pictures, split, auxiliary, others, settings.seed)
     chosen = select(pictures, split)[0] if split else pictures
     if not len(chosen):
         raise InputError("there is no picture to train on")
     began = time.monotonic()
     features = encode_pictures(denoiser, chosen, cache=cache, flip=settings.flip)
     repeats = [p.repeats for p in chosen] * (2 if settings.flip else 1)
+    held = None
+    if compares and split:
+        held = build_auxiliary(
+            denoiser, pictures, split, chosen, others=others, seed=settings.seed, cache=cache
+        )
     prompts = settings.sample_prompts
     if settings.sample_every and not prompts:
         prompts = list(dict.fromkeys(chosen.captions))[:4]
@@ -66,8 +85,10 @@ def run_training(
             grid.clear()
 
     result = train(
-        denoiser, features, entry.obj(), settings,
-        checkpoint=out / CHECKPOINT, repeats=repeats, on_start=start, on_step=grid.after_step,
+        denoiser, features, entry.obj(), settings, auxiliary=held,
+        prior=encode_pictures(denoiser, prior, cache=cache) if prior else None,
+        checkpoint=out / CHECKPOINT, repeats=repeats, groups=_groups(chosen, settings.flip),
+        on_start=start, on_step=grid.after_step,
     )  # fmt: skip
     _save(denoiser, result, out)
     grid.finish(result.steps)
@@ -79,6 +100,9 @@ def run_training(
             "passes_per_picture": result.exposure,
             "loss_first": _mean(result.losses[:20]),
             "loss_last": _mean(result.losses[-20:]),
+            "kept_at": result.kept_at,
+            "readings": [asdict(reading) for reading in result.readings],
+            "facts": result.facts,
             "wall_seconds": time.monotonic() - began,
             "versions": versions(),
             "hardware": hardware(str(denoiser.device)),
@@ -95,11 +119,35 @@ def holdout_split(pictures: Pictures, holdout: float, seed: int) -> Manifest:
     return random_split(pictures, member_share=1 - holdout, seed=seed)
 
 
+def _compared(
+    pictures: Pictures, split: Manifest | None, share: float, others: Pictures | None, seed: int
+) -> Manifest:
+    """The split with its auxiliary pictures marked."""
+    if not 0 < share < 1:
+        raise InputError(f"--auxiliary {share}: give a share between 0 and 1")
+    if split is None:
+        raise InputError(
+            "this needs pictures that do not train: hold some out with --holdout, or give a --split"
+        )
+    if split.auxiliary:
+        return split
+    return mark_auxiliary(pictures, split, share, seed, held_out=others is None)
+
+
+def _groups(pictures: Pictures, flip: bool) -> list[int]:
+    """Near-duplicates share a number; so do a picture and its mirror image."""
+    numbers = [0] * len(pictures)
+    for number, group in enumerate(near_duplicate_groups(pictures, poses=False)):
+        for row in group:
+            numbers[row] = number
+    return numbers * (2 if flip else 1)
+
+
 def _save(denoiser: Denoiser, result: TrainResult, out: Path) -> None:
     from diffward.lora import write_lora
 
     if result.weights is not None:
-        write_lora(result.weights, out / WEIGHTS, "diffusers")
+        write_lora(result.weights, out / WEIGHTS, "diffusers", result.facts)
     else:
         denoiser.save_pipeline(out / "pipeline")
 

@@ -9,6 +9,97 @@ from diffward.models.adapters import TARGETS
 
 
 @dataclass
+class Privacy:
+    """How hard a private method presses: mp, smp, hinge, dual, moment, distill."""
+
+    weight: float | None = None
+    """lambda, the weight of the privacy term; without it the method's own"""
+    paper: bool = False
+    """mp, smp: exactly as the paper's equations and network have it"""
+    attacker_lr: float | None = None
+    """learning rate of the proxy attacker; without it the method's own"""
+    share: float = 0.5
+    """share of a batch's pictures that carry the privacy term"""
+    every: int = 1
+    """steps between updates of the proxy attacker"""
+    target_auc: float = 0.55
+    """dual: the attacker's AUC to stay below"""
+    folds: int = 2
+    """distill: parts of the pictures, each answered by a teacher that never saw it"""
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 <= self.weight < 1e6:
+            raise InputError(f"--privacy.weight {self.weight}: must be 0 or above")
+        if self.attacker_lr is not None and not self.attacker_lr > 0:
+            raise InputError(f"--privacy.attacker-lr {self.attacker_lr}: must be above 0")
+        if not 0 < self.share <= 1:
+            raise InputError(f"--privacy.share {self.share}: must be above 0, at most 1")
+        if self.every < 1:
+            raise InputError(f"--privacy.every {self.every}: must be at least 1")
+        if self.folds < 2:
+            raise InputError(f"--privacy.folds {self.folds}: must be at least 2")
+        if not 0.5 <= self.target_auc < 1:
+            raise InputError(f"--privacy.target-auc {self.target_auc}: must be in [0.5, 1)")
+
+
+@dataclass
+class DP:
+    """Differential privacy, for the method dp: give `epsilon` or `noise`."""
+
+    epsilon: float = 0.0
+    """epsilon to reach at the end of the run; the noise follows from it"""
+    delta: float = 0.0
+    """chance that the bound fails; 0: a tenth of one over the number of pictures"""
+    noise: float = 0.0
+    """noise multiplier, in place of epsilon"""
+    clip: float = 1.0
+    """largest gradient norm of one picture"""
+    accountant: str = "prv"
+    """prv or rdp"""
+
+    def __post_init__(self) -> None:
+        for name in ("epsilon", "noise"):
+            if not 0 <= getattr(self, name) < 1e6:
+                raise InputError(f"--dp.{name} {getattr(self, name)}: must be above 0")
+        if not 0 <= self.delta < 1:
+            raise InputError(f"--dp.delta {self.delta}: must be in (0, 1), well below 1 / pictures")
+        if not self.clip > 0:
+            raise InputError(f"--dp.clip {self.clip}: must be above 0")
+        if self.accountant not in ("prv", "rdp"):
+            raise InputError(f"--dp.accountant {self.accountant}: choose prv or rdp")
+
+
+@dataclass
+class GaugeOptions:
+    """The privacy gauge: a look at members and validation pictures every so many steps."""
+
+    every: int = 0
+    """steps between readings; 0: 20 readings in the run where the method needs them, else none"""
+    pictures: int = 64
+    """pictures a side, at most"""
+    pairs: int = 8
+    """noise draws a picture"""
+    stop_auc: float = 0.0
+    """stop when the members' AUC passes this, and keep the last weights below; 0: never"""
+    patience: int = 5
+    """earlystop: readings without a better validation loss before it stops"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("every", 0),
+            ("pictures", 2),
+            ("pairs", 1),
+            ("patience", 1),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise InputError(f"--gauge.{name} {getattr(self, name)}: must be at least {least}")
+        if self.stop_auc and not 0.5 < self.stop_auc <= 1:
+            raise InputError(f"--gauge.stop-auc {self.stop_auc}: must be above 0.5, at most 1")
+
+
+@dataclass
 class Settings:
     """Settings of one training run; names are those of the command line."""
 
@@ -52,6 +143,11 @@ class Settings:
     """prompts of the sample grid; without any, the first captions if `sample_every` is set"""
     track: str = "none"
     """none or tensorboard"""
+    prior_weight: float = 1.0
+    """weight of the class pictures' loss, where there are any (DreamBooth)"""
+    privacy: Privacy = field(default_factory=Privacy)
+    dp: DP = field(default_factory=DP)
+    gauge: GaugeOptions = field(default_factory=GaugeOptions)
 
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate", "rank", "checkpoint_every"):
@@ -78,6 +174,8 @@ class Settings:
             raise InputError(f"--tune {self.tune}: choose lora or full")
         if self.track not in ("none", "tensorboard"):
             raise InputError(f"--track {self.track}: choose none or tensorboard")
+        if not 0 <= self.prior_weight < 1e6:
+            raise InputError(f"--prior-weight {self.prior_weight}: must be 0 or above")
         if not 0 <= self.drop_caption < 1:
             raise InputError(f"--drop-caption {self.drop_caption}: must be in [0, 1)")
 

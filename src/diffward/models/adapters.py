@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -146,6 +148,43 @@ class PeftAdapter:
         for name, layer in self.layers().items():
             layer.lora_A["default"].weight.copy_(weights.modules[name].tensors["down"])
             layer.lora_B["default"].weight.copy_(weights.modules[name].tensors["up"])
+
+    def add(self, name: str, weights: LoraWeights) -> None:
+        """Put another LoRA on the same modules, frozen and resting until `using` asks for it."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        modules = weights.modules
+        first = next(iter(modules.values()))
+        for prefix, component in self._components.items():
+            targets = [n.split(".", 1)[1] for n in modules if n.startswith(f"{prefix}.")]
+            config = LoraConfig(
+                r=first.rank, lora_alpha=first.effective_alpha, target_modules=targets
+            )  # type: ignore[arg-type]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT wonders at a second adapter: it is meant
+                inject_adapter_in_model(config, component, adapter_name=name)
+        for path, layer in self.layers().items():
+            for factor, role in ((layer.lora_A[name], "down"), (layer.lora_B[name], "up")):
+                factor.weight.data.copy_(modules[path].tensors[role])
+                factor.weight.requires_grad_(False)
+        self.use("default")
+
+    def use(self, name: str) -> None:
+        """Let the LoRA `name` act, in place of the one that did."""
+        for layer in self.layers().values():
+            # PEFT's own switch would also freeze and unfreeze the factors.
+            layer._active_adapter = [name]
+            layer.lora_A["default"].weight.requires_grad_(True)
+            layer.lora_B["default"].weight.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Within the block another LoRA acts."""
+        self.use(name)
+        try:
+            yield
+        finally:
+            self.use("default")
 
     def enable(self, on: bool) -> None:
         for layer in self.layers().values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,21 @@ class Features:
 
     def conditioning(self, indices: Tensor) -> Tensor:
         return self._embeddings[self._caption_index[indices]]
+
+    def of(self, rows: Sequence[int]) -> Features:
+        """Those of some pictures."""
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.latents.device)
+        return Features(
+            self.latents[index], [self.captions[i] for i in rows], [self.names[i] for i in rows],
+            self._embeddings, self._caption_index[index],
+        )  # fmt: skip
+
+    def digest(self, more: str = "") -> str:
+        """Hash of latents and captions, and of `more`."""
+        data = hashlib.sha256(self.latents.float().cpu().numpy().tobytes())
+        data.update("\0".join(self.captions).encode())
+        data.update(more.encode())
+        return data.hexdigest()
 
 
 def encode_pictures(

@@ -52,7 +52,14 @@ def sides_of_folders(members: Pictures, non_members: Pictures) -> Sides:
 
 def sides_of_split(pictures: Pictures, manifest: Manifest) -> Sides:
     members, non_members = select(pictures, manifest)
-    return _checked(Sides(members, non_members, seed=manifest.seed, coin=manifest.is_coin))
+    notes = []
+    if seen := set(manifest.auxiliary):
+        members = members.with_hashes([h for h in members.hashes if h not in seen])
+        non_members = non_members.with_hashes([h for h in non_members.hashes if h not in seen])
+        notes.append(
+            f"{len(seen)} pictures that the training itself compared are left out: they prove nothing"
+        )
+    return _checked(Sides(members, non_members, notes, manifest.seed, manifest.is_coin))
 
 
 def _checked(sides: Sides) -> Sides:
@@ -84,7 +91,8 @@ def load_sides(
     if data and split and not (members or non_members):
         pictures = load_pictures(data, **columns)
         told = [f"pictures: {line}" for line in pictures.told()]
-        return sides_of_split(pictures, Manifest.load(split)), told
+        sides = sides_of_split(pictures, Manifest.load(split))
+        return sides, [*told, *sides.notes]
     if members or non_members or data or split:
         raise InputError("give --members and --non-members, or --data and --split, or none of them")
     return None, []

@@ -1,0 +1,156 @@
+"""Teachers never see their fold; the student's loss is the distance to the right teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffward.errors import InputError
+from diffward.finetune import METHODS, Settings, train
+from diffward.finetune import distill as module
+from diffward.finetune.distill import Distill, folds_of
+from diffward.finetune.method import Batch, Run
+from diffward.finetune.settings import Privacy
+from tests.finetune.stops import stop_at
+from tests.finetune.test_loop import equal, result
+
+QUICK = Settings(steps=6, batch=2, rank=2, lr=1e-2, seed=5, targets="all")
+
+
+def test_folds_keep_groups_together():
+    groups = [0, 0, 1, 2, 3, 3, 3, 4, 5, 6]
+    for seed in range(20):
+        fold = folds_of(10, groups, 3, seed)
+        assert all(len({int(fold[i]) for i in range(10) if groups[i] == g}) == 1 for g in groups)
+        assert sorted((fold == k).sum().item() for k in range(3)) == [3, 3, 4]
+    assert any(
+        not torch.equal(folds_of(10, None, 2, 0), folds_of(10, None, 2, s)) for s in range(1, 5)
+    )
+    with pytest.raises(InputError, match="at least 3 pictures that differ"):
+        folds_of(4, [0, 0, 1, 1], 3, 0)
+
+
+def prepared(denoiser, features, settings=QUICK, folder=None, groups=None):
+    from diffward.finetune.loop import _trainable
+
+    method, order = Distill(), list(range(len(features)))
+    method.precede(denoiser, features, settings, order, folder, groups)
+    parameters = _trainable(denoiser, settings)
+    method.start(Run(denoiser, features, settings, parameters, order, settings.steps))
+    return method
+
+
+def test_the_jobs_hold_the_other_folds(tiny_denoiser, features, monkeypatch):
+    from diffward.finetune import many
+
+    seen = []
+    original = many.train_many
+
+    def spy(denoiser, jobs, **options):
+        seen.extend(job.features for job in jobs)
+        return original(denoiser, jobs, **options)
+
+    monkeypatch.setattr(many, "train_many", spy)
+    settings = replace(QUICK, privacy=Privacy(folds=3))
+    method = prepared(tiny_denoiser(), features, settings)
+    assert len(seen) == 3
+    for number, job in enumerate(seen):
+        wanted = features.latents[method.fold != number]
+        assert torch.equal(job.latents, wanted)
+
+
+def test_the_loss_is_the_distance_to_the_teacher_that_never_saw_it(tiny_denoiser, features):
+    denoiser = tiny_denoiser()
+    method = prepared(denoiser, features)
+    rows = torch.tensor([0, 3, 5, 1])
+    generator = torch.Generator().manual_seed(4)
+    t = torch.randint(1000, (4,), generator=generator)
+    eps = torch.randn((4, *denoiser.latent_shape), generator=generator)
+    batch = Batch(features.latents[rows], features.conditioning(rows), t, eps, rows)
+    loss = method.loss(denoiser, batch)
+    loss.sum().backward()
+    assert all(p.grad is not None for p in denoiser.trainable_adapter.parameters())
+    assert all(
+        layer.lora_A[f"teacher{k}"].weight.grad is None
+        for layer in denoiser.trainable_adapter.layers().values()
+        for k in (0, 1)
+    )
+    student = denoiser.trainable_adapter.weights()
+    for i, row in enumerate(rows.tolist()):
+        said = []
+        for weights in (student, method.teachers[int(method.fold[row])]):
+            alone = tiny_denoiser()
+            alone.attach(weights)
+            with torch.no_grad():
+                noisy = alone.noise(batch.latents[i : i + 1], t[i : i + 1], eps[i : i + 1])
+                said.append(alone.predict(noisy, t[i : i + 1], batch.conditioning[i : i + 1]))
+        truth = float(((said[0] - said[1]) ** 2).mean())
+        assert float(loss[i].detach()) == pytest.approx(truth, rel=1e-3, abs=1e-9)
+
+
+def test_the_teachers_are_the_best_that_were_seen(tiny_denoiser, features, monkeypatch):
+    """Their validation loss, recomputed alone, is the least in their history."""
+    monkeypatch.setattr(module, "LOOKS", 6)
+    kept = []
+    original = module._Best.finish
+    monkeypatch.setattr(module._Best, "finish", lambda self: (kept.append(self), original(self)))
+    method = prepared(tiny_denoiser(), features, replace(QUICK, lr=3e-2))
+    (best,) = kept
+    for number, weights in enumerate(method.teachers):
+        assert len(best.losses[number]) == 7
+        alone = tiny_denoiser()
+        alone.attach(weights)
+        errors = []
+        for row in best.held[number].tolist():
+            index = torch.tensor([row])
+            for k in range(module.PAIRS):
+                with torch.no_grad():
+                    errors.append(
+                        alone.errors(
+                            features.latents[index], best.t[k : k + 1], best.eps[k : k + 1],
+                            features.conditioning(index),
+                        ).mean()
+                    )  # fmt: skip
+        truth = float(torch.stack(errors).mean())
+        assert min(best.losses[number].values()) == pytest.approx(truth, rel=1e-4)
+
+
+@pytest.mark.parametrize("when", ["teachers", "student"])
+def test_resumed_is_uninterrupted(tiny_denoiser, features, tmp_path, monkeypatch, when):
+    file = tmp_path / "checkpoint.pt"
+    straight = tiny_denoiser()
+    train(straight, features, METHODS["distill"].obj(), QUICK)
+    if when == "student":
+        stop = {"on_step": stop_at(3)}
+    else:
+        stop = {}
+        original = module._Best.after_step
+
+        def interrupted(self, step, adapter):
+            if step == 3:
+                raise KeyboardInterrupt
+            return original(self, step, adapter)
+
+        monkeypatch.setattr(module._Best, "after_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_denoiser(), features, Distill(), QUICK, checkpoint=file, **stop)
+    monkeypatch.undo()
+    if when == "student":
+        monkeypatch.setattr("diffward.finetune.many.train_many", None)  # the teachers are kept
+    resumed = tiny_denoiser()
+    outcome = train(resumed, features, Distill(), QUICK, checkpoint=file)
+    assert equal(result(resumed), result(straight))
+    names = set(outcome.weights.modules)
+    assert not any("teacher" in name for name in names)
+    # Other pictures: the teachers in this folder are not theirs.
+    monkeypatch.undo()
+    file.unlink()
+    with pytest.raises(InputError, match="another data"):
+        train(tiny_denoiser(), features.of([5, 4, 3, 2, 1]), Distill(), QUICK, checkpoint=file)
+
+
+def test_it_says_what_it_cannot(tiny_denoiser, features):
+    with pytest.raises(InputError, match="distill"):
+        train(tiny_denoiser(), features, Distill(), replace(QUICK, tune="full"))
