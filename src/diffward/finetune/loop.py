@@ -187,7 +187,8 @@ class _Steps:
         """Accumulate the gradient of a step; gives its mean loss (the last one's if it drew no picture)."""
         settings, denoiser = self.run.settings, self.run.denoiser
         value, parts = 0.0, 0
-        for micro in range(settings.accumulate):
+        passes = self.method.passes(step) or settings.accumulate
+        for micro in range(passes):
             rows = self.method.rows(step, micro)
             if rows is not None and not len(rows):
                 continue
@@ -199,7 +200,7 @@ class _Steps:
                 other = self.draw_prior(step, micro)
                 errors = denoiser.errors(other.latents, other.t, other.eps, other.conditioning)
                 goal = goal + settings.prior_weight * errors.mean()
-            self.accelerator.backward(goal / settings.accumulate)
+            self.accelerator.backward(goal / passes)
             value, parts = value + float(loss.detach().mean()), parts + 1
         return value / parts if parts else (losses[-1] if losses else 0.0)
 

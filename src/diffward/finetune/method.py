@@ -140,6 +140,10 @@ class Method:
         """The optimizer that steps; a method may wrap the loop's."""
         return optimizer
 
+    def passes(self, step: int) -> int | None:
+        """Forward passes of this step; None: as many as the settings say."""
+        return None
+
     def rows(self, step: int, micro: int) -> Tensor | None:
         """Rows (n,) of the pictures of this forward pass, perhaps none; None: in the loop's order."""
         return None

@@ -125,7 +125,8 @@ class Settings:
     rank: int = 8
     alpha: float = 8.0
     targets: str = "attention"
-    """attention, attention+ff, all, or suffixes of module names with commas between"""
+    """text (keys and values of the cross-attention), attention, attention+ff, all, or suffixes of module
+    names with commas between"""
     text_encoder: bool = False
     """adapt the text encoder too"""
     flip: bool = False

@@ -15,11 +15,13 @@ from diffward.errors import InputError
 if TYPE_CHECKING:
     from diffward.lora import LoraWeights
 
-# What `targets="attention"` and `"all"` mean, as suffixes of module names.
+# What `targets="text"`, `"attention"` and so on mean, as suffixes of module names.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 CONVOLUTION = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
+TEXT_SIDE = ("attn2.to_k", "attn2.to_v")
 TARGETS = {
+    "text": TEXT_SIDE,
     "attention": ATTENTION,
     "attention+ff": ATTENTION + FEED_FORWARD,
     "all": ATTENTION + FEED_FORWARD + CONVOLUTION,
