@@ -84,7 +84,7 @@ def train(
         row for row, times in zip(range(len(features)), repeats, strict=True) for _ in range(times)
     ]
     total = settings.total_steps(len(order))
-    _check_method(method, settings, auxiliary)
+    _check_method(method, settings, auxiliary, prior)
     told = _fingerprint(settings, features, denoiser, method, order, total, auxiliary, prior)
     folder = checkpoint.parent if checkpoint else None
     method.precede(denoiser, features, settings, order, folder, groups)
@@ -215,11 +215,17 @@ class _Steps:
         self.method.after_step(step)
 
 
-def _check_method(method: Method, settings: Settings, auxiliary: Auxiliary | None) -> None:
+def _check_method(
+    method: Method, settings: Settings, auxiliary: Auxiliary | None, prior: Features | None
+) -> None:
     if (method.needs_auxiliary or method.needs_gauge) and auxiliary is None:
         raise InputError(
             f"method {type(method).__name__.lower()} compares members with pictures that do not train; hold "
             "some out with --holdout, or give others with --holdout-data"
+        )
+    if method.own_clipping and prior is not None:
+        raise InputError(
+            f"method {type(method).__name__.lower()} bounds the gradient of each picture: leave the class pictures out"
         )
     if method.needs_auxiliary and settings.text_encoder and settings.drop_caption:
         raise InputError("--text-encoder with --drop-caption: not with this method; leave one out")

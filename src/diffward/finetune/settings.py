@@ -49,7 +49,7 @@ class DP:
     epsilon: float = 0.0
     """epsilon to reach at the end of the run; the noise follows from it"""
     delta: float = 0.0
-    """chance that the bound fails; 0: a tenth of one over the number of pictures"""
+    """chance that the bound fails; 0: a tenth of one over the number of pictures, down to a power of ten"""
     noise: float = 0.0
     """noise multiplier, in place of epsilon"""
     clip: float = 1.0

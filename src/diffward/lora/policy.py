@@ -53,6 +53,15 @@ KEEP: dict[str, str] = {
     "ss_weighting_scheme": _WORD,
     "ss_model_prediction_type": _WORD,
     **{f"ss_{name}": _NUMBERS for name in _SETTINGS.split()},
+    # What was done for privacy, and what it guarantees: nothing of whom it protects.
+    "ss_privacy_method": r"[a-z][a-z-]{0,40}",
+    "ss_privacy_weight": _NUMBER,
+    "ss_privacy_target_auc": _NUMBER,
+    "ss_privacy_epsilon": _NUMBER,
+    "ss_privacy_delta": _NUMBER,
+    "ss_privacy_unit": r"record, add/remove",
+    "ss_privacy_accountant": r"prv|rdp",
+    "ss_privacy_clip": _NUMBER,
     "modelspec.sai_model_spec": r"\d+(?:\.\d+){0,3}",
     "modelspec.architecture": r"[A-Za-z0-9][\w.-]{0,60}(?:/[a-z-]{2,20})?",
     "modelspec.implementation": (
