@@ -66,6 +66,9 @@ class Distill(Method):
         prediction = denoiser.predict(noisy, batch.t, batch.conditioning)
         return ((prediction - taught) ** 2).mean(dim=(1, 2, 3))
 
+    def facts(self) -> dict[str, str]:
+        return {"ss_privacy_method": "distill"}
+
     @torch.no_grad()
     def _taught(self, denoiser: Denoiser, noisy: Tensor, batch: Batch) -> Tensor:
         """What the teachers predict (B, C, h, w), each on the pictures it never saw."""
