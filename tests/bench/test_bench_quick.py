@@ -73,6 +73,28 @@ def test_never_trained(quick: Any) -> None:
 
 
 @pytest.mark.slow
+def test_private_lora(quick: Any) -> None:
+    rows = quick("private_lora")
+    cases = [row for row in rows if "attacks" in row]
+    costs = [row for row in rows if "attacks" not in row]
+    assert [(row["method"], row["exposure"]) for row in cases] == [
+        ("plain", 1), ("plain", 2), ("smp", 2), ("distill", 2),
+    ]  # fmt: skip
+    keys = "method settings exposure dataset seed heldout_loss_ratio kid kid_ci95 identity_match attacks"
+    for row in cases:
+        assert set(keys.split()) <= row.keys()
+        assert {"calibrated", "adaptive", "gsa1", "clid"} <= row["attacks"].keys()
+        assert row["worst_auc"] == max(row["attacks"].values()) >= 0.5
+    best = min(cases[:2], key=lambda row: row["heldout_loss_ratio"])
+    assert 1.0 in [row["heldout_loss_ratio"] for row in cases[:2]]
+    assert best["gain_kept"] is None or best["gain_kept"] >= 1
+    assert [row["method"] for row in costs] == ["plain", "smp", "distill"]
+    for row in costs:
+        assert {"base", "step_ratio", "memory_ratio", "seconds", "total_ratio"} <= row.keys()
+        assert (row["step_ratio"] == 1) == (row["method"] == "plain")
+
+
+@pytest.mark.slow
 def test_many_loras(quick: Any) -> None:
     for row in quick("many_loras"):
         assert {"k", "device", "base", "ratio"} <= row.keys()

@@ -190,3 +190,28 @@ def test_memorising_is_caught(pictures: Path, tmp_path: Path) -> None:
         attacks["calibrated"]["controls"]["base_model_ok"]
         and attacks["calibrated"]["controls"]["blind_ok"]
     )
+
+
+@pytest.mark.slow
+def test_canaries_stay_below_the_bound_of_dp(tmp_path: Path) -> None:
+    """The same audit refutes so small an epsilon for a LoRA that memorised, and not for the one made with it."""
+    epsilon = 0.5
+    drawn = [world.sample([71, i], domain="portrait") for i in range(60)]
+    world.save_folder(drawn, tmp_path / "p")
+    split = tmp_path / "coins.json"
+    assert run("split", tmp_path / "p", "--out", split, "--canaries") == 0
+    bounds = {}
+    for name, options in {
+        "memorised": ["--epochs", "60", "--lr", "2e-3"],
+        "dp": ["--epochs", "10", "--method", "dp", "--dp.epsilon", epsilon],
+    }.items():
+        out = tmp_path / name
+        assert run("train", tmp_path / "p", "--split", split, "--out", out, *options) == 0
+        audit = ["audit", out / WEIGHTS, "--data", tmp_path / "p", "--split", split]
+        attacks = ["--attacks", "calibrated", "--canaries", "--out", out / "a"]
+        assert run(*audit, *attacks) == 0
+        found = json.loads((out / "a" / "report.json").read_text())["membership"]
+        bounds[name] = found["epsilon"]["epsilon"]
+    told = json.loads((tmp_path / "dp" / "run.json").read_text())["facts"]
+    assert float(told["ss_privacy_epsilon"]) <= epsilon
+    assert bounds["dp"] <= epsilon < bounds["memorised"]

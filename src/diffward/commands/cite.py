@@ -5,8 +5,9 @@ def cite() -> None:
     """The papers behind what diffward does."""
     from diffward.finetune import METHODS
     from diffward.membership.evaluate import ATTACKS
+    from diffward.metrics.metric import METRICS
 
-    for registry in (ATTACKS, METHODS):
+    for registry in (ATTACKS, METHODS, METRICS):
         for entry in registry:
             print(f"{registry.role} {entry.name}: {entry.paper}")
     print("blind control: Das, Zhang and Tramer 2024 (arXiv 2406.16201)")

@@ -22,7 +22,7 @@ COMMANDS = {
     "sample": ("sample", "draw pictures with a base and a LoRA"),
     "audit": ("audit", "what a LoRA gives away: a page to read and a file for machines"),
     "bench": ("bench", "measure: the tables of bench/, in a checkout"),
-    "list": ("listing", "attacks and methods, with paper, access needed and cost"),
+    "list": ("listing", "attacks, methods and metrics, with paper, access needed and cost"),
     "doctor": ("doctor", "is everything here that diffward needs?"),
     "cite": ("cite", "the papers behind what diffward does"),
 }

@@ -25,7 +25,7 @@ class Hinge(Private):
     would give them away too.
     """
 
-    default_weight = 0.05
+    default_weight = 0.1
 
     def objective(self, loss: Tensor, ce: Tensor) -> Tensor:
         return loss + self.weight * (CHANCE - ce).relu()

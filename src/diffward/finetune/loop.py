@@ -295,6 +295,8 @@ def _fingerprint(
                 if isinstance(value, dict)
                 else {key: value}
             )
+    if told["privacy.weight"] is None:
+        told["privacy.weight"] = getattr(method, "default_weight", None)
     if auxiliary:
         rows = f"{auxiliary.members.tolist()}{auxiliary.gauge_members.tolist()}"
         told["holdout"] = auxiliary.non_members.digest(rows) + auxiliary.validation.digest()

@@ -23,7 +23,7 @@ class SMP(Private):
     mode the ratio is that of the batch's means.
     """
 
-    default_weight = 0.5
+    default_weight = 0.1
     paper_weight = 0.05
 
     def objective(self, loss: Tensor, ce: Tensor) -> Tensor:
