@@ -68,7 +68,7 @@ class Place:
     peaks: int
 
 
-MINI, REAL = Place("mini", 8, 9, 16, 3), Place(SD15, 2, 3, 4, 1)
+MINI, REAL = Place("mini", 8, 5, 16, 1), Place(SD15, 4, 2, 4, 1)
 
 
 def cost_rows(

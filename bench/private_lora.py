@@ -74,7 +74,7 @@ def write(bench: Bench, quick: bool, work: bool = True) -> None:
     costs = cost_rows(bench.work, bench.cpu_seconds, quick=quick, measure_missing=work)
     record("private-lora", rows + costs, seeds=SEEDS, quick=quick, notes=[
         *NOTES, *(NOT_HERE if not quick else ()), *bench.absent, *notes,
-        *(f"not measured: {name}" for name in missing),
+        *([f"not measured yet: {', '.join(missing)}"] if missing else []),
     ])  # fmt: skip
     if not quick:
         draw_curve(rows, CURVE)

@@ -57,7 +57,7 @@ NOTES = (
 
 
 def table_rows(bench: Bench) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of all cases that are measured, each seed's and then the means; names of those that are not."""
+    """Rows of all cases that are measured, each seed's and then the means; what those are that are not."""
     table = _Table(bench)
     rows, missing = [], []
     for case in bench.cases:
@@ -68,7 +68,7 @@ def table_rows(bench: Bench) -> tuple[list[dict[str, Any]], list[str]]:
         if there and table.best(case.dataset, case.seed):
             rows.append((case, table.row(case)))
         else:
-            missing.append(case.name)
+            missing.append(f"{case.method} ({case.told}, {case.passes:g} passes, seed {case.seed})")
     means = []
     for case, _ in rows:
         alike = [(c, r) for c, r in rows if _kind(c) == _kind(case)]
