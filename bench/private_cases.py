@@ -120,6 +120,7 @@ MAIN = (
     Recipe("plain", at=SNAPSHOTS),
     Recipe("plain", "text", TEXT, at=(12.0, 24.0)),
     Recipe("smp"),
+    Recipe("plain", "text", TEXT, at=(40.0,)),
 )
 OTHERS = (
     Recipe("hinge"),
@@ -154,8 +155,9 @@ EXTRA = (
 
 SHARES = (
     Share(PEOPLE, MAIN, SEEDS),
+    Share(PEOPLE, OTHERS[:4]),
     Share(CLOTHING, PHOTOGRAPHS),
-    Share(PEOPLE, OTHERS),
+    Share(PEOPLE, OTHERS[4:]),
     Share(PEOPLE, SWEEP),
     Share(PEOPLE, EXTRA),
 )

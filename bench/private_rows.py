@@ -240,10 +240,12 @@ def draw_curve(rows: Sequence[dict[str, Any]], file: Path) -> None:
         for row, x, y in zip(plain, xs, ys, strict=True):
             axis.annotate(f"{row['exposure']:g}", (x, y), (4, -10), textcoords="offset points", fontsize=8)  # fmt: skip
         for number, row in enumerate(others):
-            name = row["method"] + row["settings"].removeprefix("rank 8")
+            name = f"{row['method']}{row['settings'].removeprefix('rank 8')}, {row['exposure']:.3g} passes"
             colour, marker = f"C{number % 10}", "sDv^<>PX*h"[number % 10]
             axis.plot(row["worst_auc"], row[what], marker, color=colour, label=name, linestyle="")
         axis.set(xlabel="AUC of the worst attack (sign-free)", ylabel=label, xlim=(0.49, 1.01))
+        if what == "identity_match":
+            axis.set_ylim(-0.02, 1)
         axis.axvline(0.6, color="0.8", linewidth=1, zorder=0)
         axis.grid(alpha=0.2)
     handles, labels = axes[0].get_legend_handles_labels()

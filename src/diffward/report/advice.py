@@ -102,5 +102,8 @@ def _more_pictures(members: int) -> list[str]:
 
 def _protect(methods: Sequence[str]) -> str:
     known = next((name for name in PROTECTING if name in methods), None)
-    how = f": diffward train --method {known}" if known else ", such as differential privacy"
+    options = " --dp.epsilon 8" if known == "dp" else ""
+    how = (
+        f": diffward train --method {known}{options}" if known else ", such as differential privacy"
+    )
     return f"Or train with a method that protects members{how}."
