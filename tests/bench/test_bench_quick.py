@@ -73,6 +73,16 @@ def test_never_trained(quick: Any) -> None:
 
 
 @pytest.mark.slow
+def test_leak_by_layer(quick: Any) -> None:
+    rows = quick("leak_by_layer")
+    whole = [row for row in rows if row["layers"] == "all"]
+    parts = [row for row in rows if row["layers"] != "all" and row["direction"] == "mean"]
+    assert sum(row["parameters"] for row in parts) == whole[0]["parameters"]  # each weight once
+    assert whole[0]["gain"] == pytest.approx(1.0)
+    assert all(row["auc_ci95"][0] <= row["auc"] <= row["auc_ci95"][1] for row in rows)
+
+
+@pytest.mark.slow
 def test_private_lora(quick: Any) -> None:
     rows = quick("private_lora")
     cases = [row for row in rows if "attacks" in row]
