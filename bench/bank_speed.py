@@ -34,7 +34,7 @@ SD15_RESOLUTION = 128
 def run(quick: bool = False) -> None:
     with mini_base() as base:
         rows = [compare(base, 4, 8, 2) if quick else compare(base, 64, 16, 3)]
-        rows.append(suite(base, 4, 1) if quick else suite(base, 32, 3))
+        rows.append(suite(base, 4, 1) if quick else suite(base, 16, 2))
     if not quick:
         rows.append(compare(SD15, 8, 4, 1))
     record("bank-speed", rows, seeds=[SEED], quick=quick, notes=[
