@@ -204,7 +204,7 @@ def _settings(way: Way, batch: int, steps: int) -> Any:
         options[name] = kind(**options.get(name, {}))
     return Settings(
         steps=steps, batch=batch, rank=RANK, alpha=RANK, lr=LR, seed=SEED,
-        gauge=GaugeOptions(pictures=2, pairs=1), **options,
+        gauge=GaugeOptions(pictures=2, pairs=2), **options,
     )  # fmt: skip
 
 

@@ -62,19 +62,10 @@ def losses(denoiser: Denoiser, features: Features) -> np.ndarray:
     """Mean squared error (n,) of each picture over fixed (t, eps) pairs."""
     import torch
 
-    from diffward.membership.pairs import Pairs
+    from diffward.models.pairs import Pairs
 
-    pairs, parts = Pairs.draw(denoiser, PAIRS), []
-    size = max(1, denoiser.unet_batch // PAIRS)
-    with torch.no_grad():
-        for start in range(0, len(features), size):
-            rows = torch.arange(start, min(start + size, len(features)))
-            errors = denoiser.errors(
-                features.latents[rows].repeat_interleave(PAIRS, 0), pairs.t.repeat(len(rows)),
-                pairs.eps.repeat(len(rows), 1, 1, 1), features.conditioning(rows).repeat_interleave(PAIRS, 0),
-            )  # fmt: skip
-            parts.append(errors.mean(dim=(1, 2, 3)).view(len(rows), PAIRS).mean(dim=1))
-    return torch.cat(parts).double().numpy()
+    errors = Pairs.draw(denoiser, PAIRS).errors(denoiser, features, torch.arange(len(features)))
+    return errors.mean(dim=1).double().numpy()
 
 
 def likeness(material: Material, drawn: np.ndarray, captions: list[str]) -> dict[str, float | None]:

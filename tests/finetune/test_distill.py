@@ -9,7 +9,7 @@ import torch
 
 from diffward.errors import InputError
 from diffward.finetune import METHODS, Settings, train
-from diffward.finetune import distill as module
+from diffward.finetune import teachers as module
 from diffward.finetune.distill import Distill, folds_of
 from diffward.finetune.method import Batch, Run
 from diffward.finetune.settings import Privacy
@@ -109,7 +109,7 @@ def test_the_teachers_are_the_best_that_were_seen(tiny_denoiser, features, monke
                 with torch.no_grad():
                     errors.append(
                         alone.errors(
-                            features.latents[index], best.t[k : k + 1], best.eps[k : k + 1],
+                            features.latents[index], best.pairs.t[k : k + 1], best.pairs.eps[k : k + 1],
                             features.conditioning(index),
                         ).mean()
                     )  # fmt: skip

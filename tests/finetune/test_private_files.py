@@ -128,14 +128,19 @@ def test_auxiliary_pictures_are_apart(tiny_denoiser, folder, split, tmp_path):
 
 
 def test_look_alikes_instead_of_held_out_pictures(tiny_denoiser, folder, split, tmp_path):
-    pictures = load_pictures(folder)
-    training, others = pictures.with_hashes(split.members), pictures.with_hashes(split.non_members)
-    marked = mark_auxiliary(pictures, split, 0.5, seed=2, held_out=False)
-    assert set(marked.auxiliary) < set(split.members)
+    everyone = load_pictures(folder)
+    pictures, others = everyone.at(range(40)), everyone.at(range(40, 60))
+    own = random_split(pictures, n_members=32, n_non_members=8, seed=1)
+    training = pictures.with_hashes(own.members)
+    marked = mark_auxiliary(pictures, own, 0.5, seed=2, held_out=False)
+    assert set(marked.auxiliary) < set(own.members)
     held = build_auxiliary(tiny_denoiser(), pictures, marked, training, others=others)
-    assert len(held.non_members) + len(held.validation) == 28
-    with pytest.raises(InputError, match="train too"):
-        build_auxiliary(tiny_denoiser(), pictures, marked, training, others=pictures)
+    assert len(held.non_members) + len(held.validation) == 20
+    # Neither pictures that train nor pictures that the audit will judge by.
+    for side in (own.members[:1], own.non_members[:1]):
+        mixed = everyone.with_hashes([*others.hashes, *side])
+        with pytest.raises(InputError, match="1 pictures of the split"):
+            build_auxiliary(tiny_denoiser(), pictures, marked, training, others=mixed)
 
 
 def test_too_few_pictures_say_how_many(folder, split):

@@ -27,7 +27,7 @@ def through_peft(denoiser, latents, text, pairs, weights):
     rank, alpha = len(down), next(iter(weights.modules.values())).alpha
     adapter = denoiser.inject(rank, alpha, TARGETS["all"], text_encoder=False)
     adapter.load(weights)
-    chosen = gradient_pairs(pairs.layout)
+    chosen = gradient_pairs(Layout.of_pairs(pairs))
     found = {name: np.zeros((len(latents), 2, 2)) for name in adapter.layers()}
     for n in range(len(latents)):
         total = [torch.zeros_like(p) for p in adapter.parameters()]

@@ -99,7 +99,7 @@ def test_errors_under_cut_captions_are_the_loop(tiny_denoiser, pictures, predict
     denoiser.attach(lora(denoiser, text_encoder))
     assert reduced_captions(denoiser, features.captions) == reduced
     pairs = Pairs.draw(denoiser, 2, seed=2)
-    middle = pairs.layout.middle
+    middle = Layout.of_pairs(pairs).middle
     member = np.array([True, False] * 3)
     banks = [build_bank(denoiser, features, pictures, member, pairs, batch=b) for b in (3, 64)]
     for model in (ON, OFF):

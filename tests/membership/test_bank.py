@@ -115,7 +115,7 @@ def test_a_probe_costs_what_it_declares(denoiser, pictures, probe):
     bank = build_bank(denoiser, features, pictures, MEMBER, pairs, weights=weights)
     for model in (ON, OFF):
         bank.of(probe, model)
-        declared = PROBES[probe].extra["evaluations"](pairs.layout)
+        declared = PROBES[probe].extra["evaluations"](Layout.of_pairs(pairs))
         assert bank.evaluations[probe, model] == declared * len(pictures)
 
 

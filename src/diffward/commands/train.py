@@ -57,18 +57,15 @@ def train(
     from diffward.data import Manifest, load_pictures
     from diffward.errors import InputError
     from diffward.finetune.auxiliary import SHARE
-    from diffward.finetune.method import METHODS
     from diffward.finetune.prior import draw_prior
-    from diffward.finetune.run import WEIGHTS, holdout_split, run_training
+    from diffward.finetune.run import WEIGHTS, compares, holdout_split, run_training
     from diffward.models.load import load_base
 
     if split and holdout:
         raise InputError("give --split or --holdout, not both")
     if prior_data and prior_prompt:
         raise InputError("give --prior-data or --prior-prompt, not both")
-    entry = METHODS[method]
-    gauge = settings.gauge.every or settings.gauge.stop_auc
-    if not (split or holdout) and (entry.obj.needs_auxiliary or entry.obj.needs_gauge or gauge):
+    if not (split or holdout) and compares(method, settings):
         holdout = SHARE
     if split is None and not holdout:
         told = "all of them train; without a held-out part an audit cannot tell members from others"

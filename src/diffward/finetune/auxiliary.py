@@ -15,7 +15,7 @@ import torch
 from diffward.data import Manifest, Pictures, random_split
 from diffward.errors import InputError
 from diffward.finetune.method import Auxiliary
-from diffward.models.features import Features, encode_pictures
+from diffward.models.features import encode_pictures
 
 if TYPE_CHECKING:
     from diffward.models.denoiser import Denoiser
@@ -35,7 +35,7 @@ def mark_auxiliary(
     Raises:
         InputError: too few pictures; it says how many are needed.
     """
-    found = list(_part(pictures, manifest.members, share, seed, "pictures to train on"))
+    found = _part(pictures, manifest.members, share, seed, "pictures to train on")
     if held_out:
         found += _part(pictures, manifest.non_members, share, seed, "held-out pictures")
     return replace(manifest, auxiliary=sorted(found))
@@ -57,6 +57,9 @@ def build_auxiliary(
         pictures: those of `manifest`.
         training: the pictures that train, in the order of their features.
         others: a hold-out folder or look-alikes, in place of the manifest's auxiliary non-members.
+
+    Raises:
+        InputError: too few of them, or `others` are not other pictures.
     """
     marked = set(manifest.auxiliary)
     members = [digest for digest in manifest.members if digest in marked]
@@ -64,36 +67,26 @@ def build_auxiliary(
         held = [digest for digest in manifest.non_members if digest in marked]
         source = pictures
     else:
-        inside = set(manifest.members)
-        source, held = others, [d for d in dict.fromkeys(others.hashes) if d not in inside]
-        if len(held) < len(set(others.hashes)):
+        source, held = others, list(dict.fromkeys(others.hashes))
+        if both := {*manifest.members, *manifest.non_members} & set(held):
             raise InputError(
-                "--holdout-data holds pictures that train too; take them out of one of the two"
+                f"--holdout-data holds {len(both)} pictures of the split, which train or are the audit's; "
+                "take them out of one of the two"
             )
     _need(len(held), "held-out pictures")
-    place: dict[str, list[int]] = {}
-    for row, digest in enumerate(training.hashes):
-        place.setdefault(digest, []).append(row)
-
-    def rows(digests: list[str]) -> torch.Tensor:
-        return torch.tensor([row for digest in digests for row in place[digest][:1]])
-
-    def encoded(digests: list[str]) -> Features:
-        return encode_pictures(denoiser, source.with_hashes(digests), cache=cache)
-
-    proxy, gauge = _halves(pictures, members, seed)
-    outside, validation = _halves(source, held, seed)
-    return Auxiliary(rows(proxy), encoded(outside), rows(gauge), encoded(validation))
+    row = {digest: number for number, digest in enumerate(training.hashes)}
+    proxy, gauge = _divided(pictures, members, 0.5, seed)
+    outside, validation = (
+        encode_pictures(denoiser, source.with_hashes(side), cache=cache)
+        for side in _divided(source, held, 0.5, seed)
+    )
+    known, seen = (torch.tensor([row[digest] for digest in side]) for side in (proxy, gauge))
+    return Auxiliary(known, outside, seen, validation)
 
 
 def _part(pictures: Pictures, side: list[str], share: float, seed: int, what: str) -> list[str]:
-    if len(side) * share < 2 * LEAST:
-        _need(math.floor(len(side) * share), what, math.ceil(2 * LEAST / share))
+    _need(math.floor(len(side) * share), what, math.ceil(2 * LEAST / share))
     return _divided(pictures, side, share, seed)[0]
-
-
-def _halves(pictures: Pictures, side: list[str], seed: int) -> tuple[list[str], list[str]]:
-    return _divided(pictures, side, 0.5, seed)
 
 
 def _divided(

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffward.errors import InputError
 from diffward.finetune.method import Method, Run
 from diffward.metrics.roc import auc, delong_ci
+from diffward.models.pairs import Pairs
 
 if TYPE_CHECKING:
     from diffward.models.features import Features
@@ -40,23 +41,18 @@ class Reading:
 
 
 class Gauge:
-    """Reads members against validation pictures; what it compares is fixed when it is made."""
+    """Reads members against validation pictures; made before the first step, which is when the base is read."""
 
     def __init__(self, run: Run) -> None:
         assert run.auxiliary is not None
-        options, timesteps = run.settings.gauge, run.denoiser.schedule.config.num_train_timesteps
-        self.run = run
-        some = options.pictures
+        options, some = run.settings.gauge, run.settings.gauge.pictures
+        self.run, self.pairs = run, Pairs.draw(run.denoiser, options.pairs, options.seed)
         self._sides = (
             (run.features, run.auxiliary.gauge_members[:some]),
             (run.auxiliary.validation, torch.arange(len(run.auxiliary.validation))[:some]),
         )
-        generator = torch.Generator().manual_seed(options.seed)
-        pairs = options.pairs
-        self._t = ((torch.arange(pairs) + 0.5) * timesteps / pairs).long()
-        self._eps = torch.randn((pairs, *run.denoiser.latent_shape), generator=generator)
-        with run.reference():
-            self._base = [self._errors(*side, base=True) for side in self._sides]
+        # Nothing has been trained yet: these are the base's.
+        self._base = [self._errors(*side) for side in self._sides]
 
     def read(self, step: int) -> Reading:
         """Look at the weights as they are after `step` steps."""
@@ -70,28 +66,16 @@ class Gauge:
             auc(members, validation), (low, high),
         )  # fmt: skip
 
-    @torch.no_grad()
-    def _errors(self, features: Features, rows: Tensor, base: bool = False) -> np.ndarray:
+    def _errors(self, features: Features, rows: Tensor) -> np.ndarray:
         """Mean squared error (n, K) of each picture under each pair."""
-        denoiser, pairs = self.run.denoiser, len(self._t)
-        size = max(1, denoiser.unet_batch // pairs)
-        parts = []
-        for start in range(0, len(rows), size):
-            some = rows[start : start + size].to(denoiser.device)
-            if self.run.settings.text_encoder and not base:
-                captions = [features.captions[int(row)] for row in some]
-                conditioning = denoiser.condition(captions)
-            else:
-                conditioning = features.conditioning(some)
-            n = len(some)
-            error = denoiser.errors(
-                features.latents[some].repeat_interleave(pairs, 0),
-                self._t.repeat(n).to(denoiser.device),
-                self._eps.repeat(n, 1, 1, 1).to(denoiser.device),
-                conditioning.repeat_interleave(pairs, 0),
-            )
-            parts.append(error.mean(dim=(1, 2, 3)).view(n, pairs).cpu())
-        return torch.cat(parts).double().numpy()
+        denoiser = self.run.denoiser
+
+        def adapted(rows: Tensor) -> Tensor:
+            return denoiser.condition([features.captions[int(row)] for row in rows])
+
+        conditioning = adapted if self.run.settings.text_encoder else None
+        found = self.pairs.errors(denoiser, features, rows, conditioning=conditioning)
+        return found.double().numpy()
 
 
 class Watch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -66,39 +66,26 @@ class Run:
     order: list[int]
     total: int
     auxiliary: Auxiliary | None = None
-    _frozen: dict[str, nn.Module] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.settings.tune == "full":
-            # Full fine-tuning overwrites the base: the reference is a copy, made when first needed.
-            self._frozen = {"unet": self.denoiser.unet}
+    _kept: nn.Module | None = None
 
     def keep_reference(self) -> None:
-        """Remember the base as it now is; a method that needs `reference` calls this in `start`."""
-        for name in self._frozen:
-            self._frozen[name] = copy.deepcopy(self.denoiser.unet).requires_grad_(False)
+        """Called in `start` by a method that needs `reference`: full fine-tuning overwrites the base."""
+        if self.settings.tune == "full":
+            self._kept = copy.deepcopy(self.denoiser.unet).requires_grad_(False)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Within the block the denoiser is the base that the run started from."""
-        if not self._frozen:
+        """Within the block the denoiser's UNet is the base's."""
+        if self.settings.tune == "lora":
             with self.denoiser.adapter(False):
                 yield
             return
-        trained, self.denoiser.unet = self.denoiser.unet, self._frozen["unet"]
+        assert self._kept is not None, "keep_reference was not called"
+        trained, self.denoiser.unet = self.denoiser.unet, self._kept
         try:
             yield
         finally:
             self.denoiser.unet = trained
-
-    @torch.no_grad()
-    def reference_errors(self, features: Features, batch: Batch) -> Tensor:
-        """Squared errors (B, C, h, w) of the base on a batch of `features`, same t and noise."""
-        conditioning = batch.conditioning
-        if self.settings.text_encoder:
-            conditioning = features.conditioning(batch.rows.to(self.denoiser.device))
-        with self.reference():
-            return self.denoiser.errors(batch.latents, batch.t, batch.eps, conditioning)
 
 
 class Method:

@@ -56,9 +56,8 @@ def run_training(
         InputError: `out` holds another run, or there is nothing to train on.
     """
     entry = METHODS[method]
-    gauge = settings.gauge.every or settings.gauge.stop_auc
-    compares = bool(entry.obj.needs_auxiliary or entry.obj.needs_gauge or gauge)
-    if compares:
+    compared = compares(method, settings)
+    if compared:
         split = _compared(pictures, split, auxiliary, others, settings.seed)
     chosen = select(pictures, split)[0] if split else pictures
     if not len(chosen):
@@ -67,7 +66,7 @@ def run_training(
     features = encode_pictures(denoiser, chosen, cache=cache, flip=settings.flip)
     repeats = [p.repeats for p in chosen] * (2 if settings.flip else 1)
     held = None
-    if compares and split:
+    if compared and split:
         held = build_auxiliary(
             denoiser, pictures, split, chosen, others=others, seed=settings.seed, cache=cache
         )
@@ -110,6 +109,12 @@ def run_training(
         },
     )
     return result
+
+
+def compares(method: str, settings: Settings) -> bool:
+    """Whether such a run compares members with pictures that do not train."""
+    kind, gauge = METHODS[method].obj, settings.gauge
+    return bool(kind.needs_auxiliary or kind.needs_gauge or gauge.every or gauge.stop_auc)
 
 
 def holdout_split(pictures: Pictures, holdout: float, seed: int) -> Manifest:

@@ -89,7 +89,7 @@ class GaugeOptions:
         for name, least in (
             ("every", 0),
             ("pictures", 2),
-            ("pairs", 1),
+            ("pairs", 2),
             ("patience", 1),
             ("seed", 0),
         ):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from diffward.membership.bank import Bank
-from diffward.membership.pairs import Layout
+from diffward.membership.layout import Layout
 from diffward.membership.probe import PROBES
 from diffward.registry import Entry, Registry
 

@@ -19,6 +19,7 @@ from diffward import __version__
 from diffward.data import FeatureCache, cache_root
 from diffward.errors import InputError
 from diffward.membership import probes  # noqa: F401  (registers the probes)
+from diffward.membership.layout import Layout
 from diffward.membership.live import (
     Conditions,
     Crops,
@@ -26,8 +27,8 @@ from diffward.membership.live import (
     fresh_factors,
     picture_key,
 )
-from diffward.membership.pairs import Layout, Pairs
 from diffward.membership.probe import OFF, ON, PROBES, Query
+from diffward.models.pairs import Pairs
 from diffward.progress import progress
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def build_bank(
     Raises:
         InputError: when asked: an answer is not finite (a broken adapter).
     """
-    batch = batch or denoiser.unet_batch
+    batch, layout = batch or denoiser.unet_batch, Layout.of_pairs(pairs)
     keys = [picture_key(h, c) for h, c in zip(pictures.hashes, features.captions, strict=True)]
     conditions = Conditions(denoiser, features.captions)
     crops = Crops(denoiser, pictures, keep=adapter_id is not None)
@@ -178,7 +179,7 @@ def build_bank(
         if (probe, model) in ready:
             return ready[probe, model]
         entry = PROBES[probe]
-        width = entry.extra.get("width") or max(1, entry.extra["evaluations"](pairs.layout))
+        width = entry.extra.get("width") or max(1, entry.extra["evaluations"](layout))
         before = denoiser.evaluations
         with progress(f"ask {probe}, {model}", len(keys)) as bar:
 
@@ -211,7 +212,7 @@ def build_bank(
         return answers
 
     return Bank(
-        ask, pairs.layout, np.asarray(is_member, dtype=bool), groups, any(features.captions), shadows, seed,
+        ask, layout, np.asarray(is_member, dtype=bool), groups, any(features.captions), shadows, seed,
         evaluations=made,
     )  # fmt: skip
 

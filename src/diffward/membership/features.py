@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from diffward.membership.bank import OFF, ON, Bank
-from diffward.membership.pairs import Layout
+from diffward.membership.layout import Layout
 
 BINS = 4  # of the timesteps
 TINY = 1e-30

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffward.membership.pairs import Layout, Pairs
+from diffward.membership.layout import Layout
 from diffward.registry import Registry
 
 if TYPE_CHECKING:
     from diffward.lora import LoraWeights
     from diffward.models.denoiser import Denoiser
+    from diffward.models.pairs import Pairs
 
 ON, OFF = "on", "off"
 
@@ -51,7 +52,7 @@ class Query:
 
     @property
     def layout(self) -> Layout:
-        return self.pairs.layout
+        return Layout.of_pairs(self.pairs)
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
         """`Denoiser.predict` in passes of at most `batch`."""

@@ -8,7 +8,7 @@ from diffward.membership.attack import ATTACKS
 from diffward.membership.bank import ON, Bank
 from diffward.membership.captions import SHARES
 from diffward.membership.features import discrepancies, likelihood
-from diffward.membership.pairs import Layout
+from diffward.membership.layout import Layout
 
 _PAPER = "Zhai et al. 2024 (arXiv 2405.14800)"
 _ASKS = (("errors", ON), ("errors_null", ON), ("errors_reduced", ON))

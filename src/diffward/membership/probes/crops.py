@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffward.membership.pairs import Layout
+from diffward.membership.layout import Layout
 from diffward.membership.probe import PROBES, Query
 
 LARGEST, SMALLEST = 0.95, 0.7  # share of the side (Fu et al. 2023)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffward.lora import LoraModule
 from diffward.membership.factors import along_factors
-from diffward.membership.pairs import Layout
+from diffward.membership.layout import Layout
 from diffward.membership.probe import PROBES, Query
 
 PAIRS = 8  # of the K: evenly spaced timesteps

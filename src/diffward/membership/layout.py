@@ -1,49 +1,15 @@
-"""The fixed noise that every picture and both models share."""
+"""Which of the fixed pairs which probes use; every picture and both models share them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from diffward.errors import InputError
-
-if TYPE_CHECKING:
-    from diffward.models.denoiser import Denoiser
+from diffward.models.pairs import Pairs
 
 MIDDLE = 4  # pairs that the caption attacks use
 CENTRE = 0.45  # of the schedule: t = 450 of 1,000 (CLiD, Zhai et al. 2024)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """K fixed (t, eps) pairs: t stratified over the schedule, eps from the seed.
-
-    Nothing about them is chosen on the pictures that are judged.
-    """
-
-    t: Tensor
-    eps: Tensor
-    seed: int
-
-    @classmethod
-    def draw(cls, denoiser: Denoiser, count: int, seed: int = 0) -> Pairs:
-        if count < 2:
-            raise InputError(f"--pairs {count}: at least 2 noise draws a picture are needed")
-        steps = denoiser.schedule.config.num_train_timesteps
-        t = ((torch.arange(count) + 0.5) * steps / count).long()
-        generator = torch.Generator().manual_seed(seed)
-        return cls(t, torch.randn((count, *denoiser.latent_shape), generator=generator), seed)
-
-    def __len__(self) -> int:
-        return len(self.t)
-
-    @property
-    def layout(self) -> Layout:
-        return Layout.of(len(self), self.t.numpy())
 
 
 @dataclass(frozen=True)
@@ -57,6 +23,10 @@ class Layout:
     timesteps: np.ndarray
     middle: np.ndarray
     early: np.ndarray
+
+    @classmethod
+    def of_pairs(cls, pairs: Pairs) -> Layout:
+        return cls.of(len(pairs), pairs.t.numpy())
 
     @classmethod
     def of(cls, count: int, timesteps: np.ndarray) -> Layout:
