@@ -3,11 +3,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 
-def listing(what: Literal["attacks", "methods", "metrics", "bases"], json: bool = False) -> None:
+def listing(
+    what: Literal["attacks", "methods", "guards", "metrics", "bases"], json: bool = False
+) -> None:
     """What diffward knows of, with paper, access needed and cost.
 
     Args:
-        what: attacks, methods, metrics or bases.
+        what: attacks, methods, guards, metrics or bases.
         json: print JSON.
     """
     rows = _rows(what)
@@ -33,6 +35,8 @@ def _rows(what: str) -> list[dict[str, Any]]:
         from diffward.membership.evaluate import ATTACKS as registry
     elif what == "methods":
         from diffward.finetune import METHODS as registry  # type: ignore[assignment]
+    elif what == "guards":
+        from diffward.guard import GUARDS as registry  # type: ignore[assignment]
     else:
         from diffward.metrics import METRICS as registry  # type: ignore[assignment]
     return [

@@ -16,6 +16,7 @@ def train(
     prior_data: str | None = None,
     prior_prompt: str = "",
     prior_count: int = 100,
+    mask: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
     default_caption: str = "",
@@ -43,6 +44,7 @@ def train(
         prior_data: folder of class pictures, for prior preservation (DreamBooth).
         prior_prompt: instead of --prior-data: draw class pictures for this prompt with the base.
         prior_count: how many to draw.
+        mask: freeze mask of `diffward guard learn`: what it freezes stays as it is, bit for bit.
         default_caption: caption of pictures that have none.
         limit: use only so many of the pictures.
         resolution: side in pixels; the base's own by default.
@@ -59,6 +61,7 @@ def train(
     from diffward.finetune.auxiliary import SHARE
     from diffward.finetune.prior import draw_prior
     from diffward.finetune.run import WEIGHTS, compares, holdout_split, run_training
+    from diffward.guard.artefacts import open_mask
     from diffward.models.load import load_base
 
     if split and holdout:
@@ -84,19 +87,22 @@ def train(
     denoiser = load_base(
         base, device=device, precision=precision, resolution=resolution, config=base_config
     )
+    kept = open_mask(mask, denoiser) if mask else None
+    if kept:
+        print(f"mask: {kept.told()}")
     if prior_prompt:
         prior = draw_prior(denoiser, prior_prompt, prior_count, settings.seed, Path(out) / "prior")
     config = {
         "data": data, "base": base, "method": method, "out": out, "split": split, "holdout": holdout,
         "holdout_data": holdout_data, "auxiliary": auxiliary, "prior_data": prior_data,
-        "prior_prompt": prior_prompt, "prior_count": prior_count,
+        "prior_prompt": prior_prompt, "prior_count": prior_count, "mask": mask,
         "image_column": image_column, "caption_column": caption_column, "default_caption": default_caption,
         "limit": limit, "resolution": resolution, "device": device, "precision": precision,
         "base_config": base_config, "cache": cache,
     }  # fmt: skip
     result = run_training(
         denoiser, pictures, method, settings, Path(out), split=manifest, auxiliary=auxiliary, others=others,
-        prior=prior, config=config, cache=cache,
+        prior=prior, frozen=kept.frozen if kept else (), config=config, cache=cache,
     )  # fmt: skip
     made = Path(out) / (WEIGHTS if result.weights is not None else "pipeline")
     print(

@@ -6,7 +6,7 @@ All randomness comes from (seed, step): a resumed run gives the same weights as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from diffward.finetune.gauge import Reading, Watch
 from diffward.finetune.method import Auxiliary, Batch, Method, Run
 from diffward.finetune.sampler import Sampler, seed_of
 from diffward.finetune.settings import Settings
+from diffward.models.hashing import hashes, tensor_hash
 from diffward.progress import progress
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def train(
     checkpoint: Path | None = None,
     repeats: list[int] | None = None,
     groups: Sequence[int] | None = None,
+    frozen: Collection[str] = (),
     on_start: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
@@ -69,6 +71,7 @@ def train(
         checkpoint: file to resume from and to save to; None keeps nothing.
         repeats: how often each picture counts in an epoch (kohya's repeat folders).
         groups: near-duplicates among the pictures share a number, where a method has to keep them together.
+        frozen: parameters of the UNet that stay as they are; a LoRA leaves out their modules.
         on_start: called with the step the run starts or resumes from, once the checkpoint is accepted.
         on_step: called with the number of finished steps, 0 before the first.
 
@@ -85,10 +88,11 @@ def train(
     ]
     total = settings.total_steps(len(order))
     _check_method(method, settings, auxiliary, prior)
-    told = _fingerprint(settings, features, denoiser, method, order, total, auxiliary, prior)
+    told = _fingerprint(settings, features, denoiser, method, order, total, auxiliary, prior, frozen)
     folder = checkpoint.parent if checkpoint else None
     method.precede(denoiser, features, settings, order, folder, groups)
-    parameters = _trainable(denoiser, settings)
+    before = hashes(dict(denoiser.unet.named_parameters()), frozen)
+    parameters = _trainable(denoiser, settings, frozen)
     if settings.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
     accelerator = Accelerator(
@@ -149,6 +153,7 @@ def train(
         if done > start and accelerator.is_main_process:
             saved.save(done, losses)
         watch.restore()
+        _check_frozen(denoiser, before)
     finally:
         method.finish()
         denoiser.unet = bare
@@ -239,11 +244,22 @@ def _logged(loss: float, rate: float, watch: Watch) -> dict[str, float]:
     return values
 
 
-def _trainable(denoiser: Denoiser, settings: Settings) -> list[nn.Parameter]:
+def _trainable(
+    denoiser: Denoiser, settings: Settings, frozen: Collection[str] = ()
+) -> list[nn.Parameter]:
+    """What trains. Frozen parameters are no part of it: no gradient, no moments, no weight decay."""
+    denoiser.detach()
+    own = dict(denoiser.unet.named_parameters())
+    if unknown := [name for name in frozen if name not in own]:
+        raise InputError(
+            f"base {denoiser.name} has no tensor {unknown[0]} to freeze; the mask is for another model"
+        )
+    denoiser.unet.requires_grad_(False)
     if settings.tune == "full":
-        denoiser.detach()
-        trained = [denoiser.unet] + ([denoiser.text_encoder] if settings.text_encoder else [])
-        return [p.requires_grad_(True) for module in trained for p in module.parameters()]
+        trained = [p for name, p in own.items() if name not in frozen]
+        if settings.text_encoder:
+            trained += denoiser.text_encoder.parameters()
+        return [p.requires_grad_(True) for p in trained]
     # The factors start from the seed alone, whatever ran before in this process.
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(settings.seed, 0, 1 << 21, 0))
@@ -252,6 +268,7 @@ def _trainable(denoiser: Denoiser, settings: Settings) -> list[nn.Parameter]:
             settings.alpha,
             settings.target_modules(),
             text_encoder=settings.text_encoder,
+            exclude=[name.removesuffix(".weight") for name in frozen if name.endswith(".weight")],
         )
     return adapter.parameters()
 
@@ -274,6 +291,14 @@ def _check_moved(parameters: list[nn.Parameter]) -> None:
         raise TrainingError("step 0: lora_B did not move; the adapter is not being trained")
 
 
+def _check_frozen(denoiser: Denoiser, before: dict[str, str]) -> None:
+    now = {n.replace(".base_layer", ""): p for n, p in denoiser.unet.named_parameters()}
+    if moved := [name for name, was in before.items() if tensor_hash(now[name]) != was]:
+        raise TrainingError(
+            f"{moved[0]} is frozen and has moved ({len(moved)} such); nothing was saved"
+        )
+
+
 def _fingerprint(
     settings: Settings,
     features: Features,
@@ -283,6 +308,7 @@ def _fingerprint(
     total: int,
     auxiliary: Auxiliary | None = None,
     prior: Features | None = None,
+    frozen: Collection[str] = (),
 ) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
     from dataclasses import asdict
@@ -302,6 +328,8 @@ def _fingerprint(
         told["holdout"] = auxiliary.non_members.digest(rows) + auxiliary.validation.digest()
     if prior is not None:
         told["prior pictures"] = prior.digest()
+    if frozen:
+        told["mask"] = sorted(frozen)
     return {
         **told,
         "total": total,

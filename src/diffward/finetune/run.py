@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ def run_training(
     auxiliary: float = 0.5,
     others: Pictures | None = None,
     prior: Pictures | None = None,
+    frozen: Collection[str] = (),
     config: dict[str, Any] | None = None,
     cache: bool = True,
 ) -> TrainResult:
@@ -51,6 +53,7 @@ def run_training(
             audit leaves it out. A split that says which keeps its own.
         others: pictures that do not train, for the private method in place of held-out ones.
         prior: class pictures (DreamBooth's prior preservation).
+        frozen: parameters of the UNet that a mask keeps as they are.
 
     Raises:
         InputError: `out` holds another run, or there is nothing to train on.
@@ -87,7 +90,7 @@ def run_training(
         denoiser, features, entry.obj(), settings, auxiliary=held,
         prior=encode_pictures(denoiser, prior, cache=cache) if prior else None,
         checkpoint=out / CHECKPOINT, repeats=repeats, groups=_groups(chosen, settings.flip),
-        on_start=start, on_step=grid.after_step,
+        frozen=frozen, on_start=start, on_step=grid.after_step,
     )  # fmt: skip
     _save(denoiser, result, out)
     grid.finish(result.steps)
@@ -102,6 +105,7 @@ def run_training(
             "kept_at": result.kept_at,
             "readings": [asdict(reading) for reading in result.readings],
             "facts": result.facts,
+            "frozen_tensors": len(frozen),
             "wall_seconds": time.monotonic() - began,
             "versions": versions(),
             "hardware": hardware(str(denoiser.device)),

@@ -89,6 +89,7 @@ class PeftAdapter:
         alpha: float,
         targets: Sequence[str],
         init: Any,
+        exclude: Sequence[str] = (),
     ) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -98,14 +99,17 @@ class PeftAdapter:
         self._components = dict(components)
         for prefix, component in self._components.items():
             wanted = list(targets) if prefix == "unet" else list(TEXT_TARGETS)
+            left_out = list(exclude) if prefix == "unet" and exclude else None
             config = LoraConfig(
-                r=rank, lora_alpha=alpha, target_modules=wanted, init_lora_weights=init
-            )
+                r=rank, lora_alpha=alpha, target_modules=wanted, init_lora_weights=init,
+                exclude_modules=left_out,
+            )  # fmt: skip
             try:
                 inject_adapter_in_model(config, component, adapter_name="default")
             except ValueError as error:
                 raise InputError(
                     f"no module of the base's {prefix} matches the targets {wanted}"
+                    + (" and may be trained" if left_out else "")
                 ) from error
         for parameter in self.parameters():
             parameter.data = parameter.data.float()

@@ -165,11 +165,14 @@ class Denoiser:
         *,
         text_encoder: bool,
         init: Any = True,
+        exclude: Sequence[str] = (),
     ) -> PeftAdapter:
-        """Put a new, trainable LoRA on the base, through PEFT."""
+        """Put a new, trainable LoRA on the base, through PEFT; on none of the UNet's modules `exclude`."""
         self.detach()
         components = self.components() if text_encoder else {"unet": self.unet}
-        self._adapter = adapter = PeftAdapter(components, rank, alpha, targets, init)
+        self._adapter = adapter = PeftAdapter(
+            components, rank, alpha, targets, init, exclude
+        )
         return adapter
 
     def detach(self) -> None:

@@ -45,6 +45,14 @@ class Features:
             self._embeddings, self._caption_index[index],
         )  # fmt: skip
 
+    def join(self, other: Features) -> Features:
+        """These pictures, then the others'."""
+        return Features(
+            torch.cat([self.latents, other.latents]), self.captions + other.captions, self.names + other.names,
+            torch.cat([self._embeddings, other._embeddings]),
+            torch.cat([self._caption_index, other._caption_index + len(self._embeddings)]),
+        )  # fmt: skip
+
     def digest(self, more: str = "") -> str:
         """Hash of latents and captions, and of `more`."""
         data = hashlib.sha256(self.latents.float().cpu().numpy().tobytes())

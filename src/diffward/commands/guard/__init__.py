@@ -1,0 +1,1 @@
+"""`diffward guard COMMAND`: one typed function a command, as one level up."""

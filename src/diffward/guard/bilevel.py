@@ -1,0 +1,206 @@
+"""The loop that learns a mask: the user moves the weights, the publisher reads and moves the mask.
+
+One forward and backward a domain serves both levels: its inner products with theta_pre - theta_ft are the
+gradients of the mask, and the gradients themselves are the user's. First order, as in the paper: no
+gradient flows through the user's steps. All draws are functions of (seed, step), so a resumed run is the
+same run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffward.errors import InputError, TrainingError
+from diffward.files import atomic_path
+from diffward.finetune.sampler import generator
+from diffward.guard.both import Rows
+from diffward.guard.effective import Effective
+from diffward.guard.subject import Found, Subject
+from diffward.guard.user import make_optimizer
+from diffward.progress import progress
+
+if TYPE_CHECKING:
+    from diffward.models.features import Features
+
+_NOISE = 90  # streams of random numbers; those of the pictures' order are below
+
+
+class Bilevel(Protocol):
+    """The upper level: what becomes of the readings.
+
+    `update` takes the mean dL/dm (N,) of either domain since the last update; `mask` gives m (N,).
+    """
+
+    def mask(self) -> Tensor: ...
+    def update(self, illegal: Tensor, innocent: Tensor) -> None: ...
+    def scores(self) -> Tensor: ...
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+class Simulation:
+    """The two domains, drawn and noised step by step."""
+
+    def __init__(self, subject: Subject, effective: Effective) -> None:
+        self.subject, self.effective = subject, effective
+        settings = subject.settings
+        half = settings.batch // 2
+        sizes = half, settings.batch - half
+        self.domains = subject.illegal, subject.innocent
+        world, rank = _world()
+        self._rows = [
+            Rows(len(domain), size * world, settings.seed, 2 + i)
+            for i, (domain, size) in enumerate(zip(self.domains, sizes, strict=True))
+        ]
+        self._place = slice(None) if world == 1 else slice(rank, None, world)
+
+    def loss(self, step: int, which: int) -> Tensor:
+        """Mean loss of a domain (0 illegal, 1 innocent) at a step, with gradient.
+
+        Raises:
+            TrainingError: it is not finite; with the step and the pictures.
+        """
+        features, denoiser = self.domains[which], self.subject.denoiser
+        rows = self._rows[which](step)
+        g = generator(self.subject.settings.seed, step, _NOISE + which)
+        count = denoiser.schedule.config.num_train_timesteps
+        # One t in every stratum of the schedule: less noise in the readings than n free draws.
+        strata = torch.randperm(len(rows), generator=g)
+        t = ((strata + torch.rand(len(rows), generator=g)) * count / len(rows)).long()
+        eps = torch.randn((len(rows), *denoiser.latent_shape), generator=g)
+        rows, t, eps = rows[self._place], t[self._place], eps[self._place]
+        there = rows.to(denoiser.device)
+        errors = denoiser.errors(
+            features.latents[there], t.to(denoiser.device), eps.to(denoiser.device), features.conditioning(there)
+        )  # fmt: skip
+        each = errors.mean(dim=(1, 2, 3))
+        _check_finite(each, step, rows, features, which)
+        return each.mean()
+
+    def step(self, step: int) -> tuple[Tensor, Tensor, list[float]]:
+        """A step of the user on either domain; gives the readings of both, and both losses."""
+        found: list[Tensor] = [torch.empty(0), torch.empty(0)]
+        losses = [0.0, 0.0]
+        # Who comes first changes, lest the second's readings always be those of other weights.
+        for which in (0, 1) if step % 2 == 0 else (1, 0):
+            loss = self.loss(step, which)
+            losses[which] = float(loss.detach())
+            found[which] = self.effective.backward(loss)
+        return found[0], found[1], losses
+
+
+def run_bilevel(subject: Subject, upper: Bilevel) -> Found:
+    """Learn for `settings.updates` updates; resumes. The base's weights are put back.
+
+    Raises:
+        TrainingError: a loss was not finite.
+        InputError: the checkpoint is another run's.
+    """
+    settings, unet = subject.settings, subject.denoiser.unet
+    user = make_optimizer("sgd" if settings.paper else settings.user_optimizer)
+    base, tuned = subject.base, subject.tuned
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    try:
+        effective = Effective(unet, base, tuned, upper.mask(), user, settings.user_lr)
+        done, losses = _resume(subject, upper, effective)
+        effective.set_mask(upper.mask())
+        simulation = Simulation(subject, effective)
+        with effective, progress("learn", settings.updates, done) as bar:
+            while done < settings.updates:
+                losses = _one_update(simulation, upper, done)
+                effective.set_mask(upper.mask())
+                done += 1
+                bar.advance(f"loss illegal {losses[0]:.4f}, innocent {losses[1]:.4f}")
+                if done % settings.checkpoint_every == 0 or done == settings.updates:
+                    _save(subject, upper, effective, done, losses)
+    finally:
+        if settings.gradient_checkpointing:
+            unet.disable_gradient_checkpointing()
+        subject.restore()
+    return Found(
+        scores=upper.scores(), facts={"user_losses": {"illegal": losses[0], "innocent": losses[1]}}
+    )
+
+
+def _one_update(simulation: Simulation, upper: Bilevel, done: int) -> list[float]:
+    """`interval` steps of the user, each of them read, then one of the mask; gives the mean losses."""
+    count = simulation.subject.settings.interval
+    # The published order: a mask step reads a mixed batch without moving, then the user moves unread.
+    unread = bool(getattr(upper, "unread", False))
+    if unread:
+        ill, inn = (
+            simulation.effective.backward(simulation.loss(done * (count + 1), i), move=False) for i in (0, 1)
+        )  # fmt: skip
+        upper.update(ill, inn)
+        simulation.effective.set_mask(upper.mask())
+        steps = [simulation.step(done * (count + 1) + 1 + i) for i in range(count)]
+    else:
+        steps = [simulation.step(done * count + i) for i in range(count)]
+        upper.update(*(torch.stack([s[i] for s in steps]).mean(0) for i in (0, 1)))  # type: ignore[misc]
+    return [sum(s[2][i] for s in steps) / count for i in (0, 1)]
+
+
+def _identity(subject: Subject) -> dict[str, Any]:
+    """What must not change between a run and its resumption."""
+    free = ("checkpoint_every", "cost_weight", "uce", "imma")
+    told = {k: v for k, v in asdict(subject.settings).items() if k not in free}
+    data = {"illegal": subject.illegal.digest(), "innocent": subject.innocent.digest()}
+    return {**told, **data, "base": subject.denoiser.unet_identity}
+
+
+def _resume(subject: Subject, upper: Bilevel, effective: Effective) -> tuple[int, list[float]]:
+    path = subject.work / "learning.pt" if subject.work else None
+    if path is None or not path.exists():
+        return 0, [0.0, 0.0]
+    hint = "choose another --out, or delete the file to start anew"
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        told, done = dict(state["run"]), int(state["done"])
+        upper_state, tuned = dict(state["upper"]), dict(state["tuned"])
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read as a checkpoint; {hint}") from error
+    own = _identity(subject)
+    if changed := sorted(k for k in own.keys() | told.keys() if own.get(k) != told.get(k)):
+        raise InputError(f"{path}: is of a run with another {', '.join(changed)}; {hint}")
+    upper.load(upper_state)
+    effective.user.load(state["user"])
+    for name, value in tuned.items():
+        effective.tuned[name].copy_(value)
+    return done, list(state["losses"])
+
+
+def _save(
+    subject: Subject, upper: Bilevel, effective: Effective, done: int, losses: list[float]
+) -> None:
+    if subject.work is None or _world()[1]:
+        return
+    state = {
+        "run": _identity(subject), "done": done, "losses": losses, "upper": upper.state(),
+        "user": effective.user.state(), "tuned": {n: t.cpu() for n, t in effective.tuned.items()},
+    }  # fmt: skip
+    with atomic_path(subject.work / "learning.pt") as temporary:
+        torch.save(state, temporary)
+
+
+def _check_finite(each: Tensor, step: int, rows: Tensor, features: Features, which: int) -> None:
+    if torch.isfinite(each).all():
+        return
+    bad = [
+        features.names[int(r)] for r, ok in zip(rows, torch.isfinite(each), strict=True) if not ok
+    ]
+    raise TrainingError(
+        f"step {step} of the simulated user: the loss of the {('illegal', 'innocent')[which]} domain is not "
+        f"finite for {', '.join(bad)}; lower --user-lr, or look at these pictures"
+    )
+
+
+def _world() -> tuple[int, int]:
+    """Processes that learn together, and which of them this is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0

@@ -1,0 +1,87 @@
+"""The forbidden and the allowed domain: folders of pictures, and what may be said of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffward.data import Pictures, load_pictures, near_duplicate_pairs
+from diffward.errors import InputError
+from diffward.guard.subject import GUARDS
+
+
+@dataclass
+class Domains:
+    """The pictures of both domains, and the words that an artefact may have for them."""
+
+    illegal: Pictures
+    innocent: Pictures
+    illegal_name: str = "illegal"
+    innocent_name: str = "innocent"
+
+    @classmethod
+    def load(
+        cls, method: str, illegal: str, innocent: str, names: tuple[str, str], **columns: Any
+    ) -> Domains:
+        """List both; each may be several folders with commas between.
+
+        Raises:
+            InputError: a domain that the method needs is empty, or the two share pictures.
+        """
+        # What a guard is registered with says what it looks at: uce edits words, random draws lots.
+        needed = "pictures" in GUARDS[method].access
+        found = cls(
+            load_domain("illegal", illegal, needed, columns),
+            load_domain("innocent", innocent, needed, columns),
+            *names,
+        )
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Raises `InputError` where a picture, or a copy of it, is in both: the mask could not tell them apart."""
+        count = len(self.illegal)
+        pairs = near_duplicate_pairs([*self.illegal, *self.innocent], poses=False)
+        if both := {a for a, b in pairs if a < count <= b} | self._same():
+            raise InputError(
+                f"--illegal and --innocent share {len(both)} pictures (copies, or nearly); take them out of one of the two"
+            )
+
+    def _same(self) -> set[int]:
+        others = set(self.innocent.hashes)
+        return {row for row, one in enumerate(self.illegal.hashes) if one in others}
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Words and numbers; no file names, no captions."""
+        return {
+            "illegal": {"name": self.illegal_name, "pictures": len(self.illegal)},
+            "innocent": {"name": self.innocent_name, "pictures": len(self.innocent)},
+        }
+
+    def digest(self) -> dict[str, str]:
+        """Hashes of pictures and captions, to know a run by; they stay in its work folder."""
+        return {
+            name: hashlib.sha256(
+                json.dumps([[p.sha256, p.caption] for p in pictures]).encode()
+            ).hexdigest()
+            for name, pictures in (("illegal", self.illegal), ("innocent", self.innocent))
+        }
+
+
+def load_domain(option: str, given: str, needed: bool, columns: dict[str, Any]) -> Pictures:
+    folders = [given] if Path(given).exists() else given.split(",")
+    folders = [folder.strip() for folder in folders if folder.strip()]
+    if not folders and needed:
+        raise InputError(f"--{option} is missing: name a folder of pictures")
+    parts = [load_pictures(folder, **columns) for folder in folders]
+    if len(parts) == 1:
+        return parts[0]
+    return Pictures(
+        [replace(p, name=f"{Path(f).name}/{p.name}") for f, part in zip(folders, parts, strict=True) for p in part],
+        "; ".join(part.layout for part in parts),
+        [(f"{Path(f).name}/{path}", why) for f, part in zip(folders, parts, strict=True) for path, why in part.skipped],
+        [note for part in parts for note in part.notes],
+    )  # fmt: skip

@@ -1,0 +1,31 @@
+"""Losses of both domains under some weights, on fixed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffward.guard.stored import put
+from diffward.guard.subject import Subject
+from diffward.models.pairs import Pairs
+
+PICTURES, PAIRS = 64, 8
+
+
+def losses_of(subject: Subject, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean loss of up to 64 pictures of either domain with `weights` on the base, which is put back."""
+    denoiser = subject.denoiser
+    pairs = Pairs.draw(denoiser, PAIRS, subject.settings.seed)
+    try:
+        put(denoiser.unet, weights)
+        return {
+            name: float(
+                pairs.errors(denoiser, domain, torch.arange(min(PICTURES, len(domain)))).mean()
+            )
+            for name, domain in (("illegal", subject.illegal), ("innocent", subject.innocent))
+        }
+    finally:
+        if weights:
+            subject.restore()

@@ -1,0 +1,128 @@
+"""Masks that need no bilevel learning: at random, by size of the change, by Fisher, by first order, block by block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffward.finetune.sampler import generator
+from diffward.guard.losses import losses_of
+from diffward.guard.stored import parameters_of, put
+from diffward.guard.subject import GUARDS, Found, Subject
+
+if TYPE_CHECKING:
+    from diffward.models.features import Features
+
+PICTURES, PAIRS = 64, 4  # of each domain, and noise draws a picture
+
+
+@GUARDS.register("random", paper="FreezeAsGuard, Table 1", access="base", cost="none")
+def random(subject: Subject) -> Found:
+    """Random freezing: what any learned mask must beat."""
+    g = torch.Generator().manual_seed(subject.settings.seed)
+    return Found(scores=torch.rand(len(subject.names), generator=g, dtype=torch.float64))
+
+
+@GUARDS.register(
+    "magnitude", access="base, pictures of both domains", cost="full fine-tuning on both domains"
+)
+def magnitude(subject: Subject) -> Found:
+    """The tensors that full fine-tuning moves most, per parameter: mean |theta_ft - theta_pre|."""
+    base, tuned = subject.base, subject.tuned
+    return Found(
+        scores=torch.stack([(tuned[n] - base[n]).abs().mean().double() for n in subject.names])
+    )
+
+
+@GUARDS.register(
+    "fisher", paper="Kirkpatrick et al. 2017 (diagonal Fisher)", access="base, pictures of both domains",
+    cost="a backward pass a batch of pictures",
+)  # fmt: skip
+def fisher(subject: Subject) -> Found:
+    """The tensors that the forbidden domain pulls at more than the allowed one: log ratio of mean g^2 at the base."""
+    ill, inn = (
+        torch.stack([(g * g).mean().double() for g in _gradients(subject, domain).values()])
+        for domain in (subject.illegal, subject.innocent)
+    )
+    tiny = torch.finfo(torch.float64).tiny
+    return Found(scores=(ill + tiny).log() - (inn + tiny).log())
+
+
+@GUARDS.register(
+    "first-order", access="base, pictures of both domains",
+    cost="full fine-tuning on both domains, and a backward pass a batch of pictures",
+)  # fmt: skip
+def first_order(subject: Subject) -> Found:
+    """What taking each tensor back would cost, to first order: <theta_pre - theta_ft, g>, illegal less innocent, at theta_ft."""
+    base, tuned = subject.base, subject.tuned
+    put(subject.denoiser.unet, tuned)
+    try:
+        gains = []
+        for domain in (subject.illegal, subject.innocent):
+            gradients = _gradients(subject, domain)
+            found = torch.stack(
+                [((base[n] - tuned[n]) * g).sum().double() for n, g in gradients.items()]
+            )
+            gains.append(found / found.abs().sum())
+    finally:
+        subject.restore()
+    return Found(scores=(gains[0] - gains[1]) / subject.costs)
+
+
+@GUARDS.register(
+    "blocks", access="base, pictures of both domains",
+    cost="full fine-tuning on both domains, and a forward pass a block",
+)  # fmt: skip
+def blocks(subject: Subject) -> Found:
+    """Whole blocks: each taken back alone, by what the forbidden domain loses less what the allowed one does."""
+    base, tuned, names = subject.base, subject.tuned, subject.names
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(block_of(name), []).append(name)
+    cost = dict(zip(names, subject.costs.tolist(), strict=True))
+    before, whole = losses_of(subject, {}), losses_of(subject, tuned)
+    score: dict[str, float] = {}
+    for block, members in groups.items():
+        taken_back = {name: (base if name in members else tuned)[name] for name in names}
+        lost = losses_of(subject, taken_back)
+        share = {d: (lost[d] - whole[d]) / max(before[d] - whole[d], 1e-12) for d in lost}
+        score[block] = (share["illegal"] - share["innocent"]) / sum(cost[n] for n in members)
+    return Found(scores=torch.tensor([score[block_of(n)] for n in names], dtype=torch.float64))
+
+
+def block_of(name: str) -> str:
+    """The resnet, attention block or sampler that a parameter belongs to: `up_blocks.1.attentions.0`."""
+    parts = name.split(".")
+    if parts[0] in ("down_blocks", "up_blocks"):
+        return ".".join(parts[:4])
+    return ".".join(parts[:3]) if parts[0] == "mid_block" else parts[0]
+
+
+def _gradients(subject: Subject, domain: Features) -> dict[str, Tensor]:
+    """Gradient of the mean loss of some pictures of a domain, by tensor, at the weights that the UNet has."""
+    denoiser, settings = subject.denoiser, subject.settings
+    own = parameters_of(denoiser.unet)
+    count = denoiser.schedule.config.num_train_timesteps
+    rows = torch.arange(min(PICTURES, len(domain))).repeat(PAIRS)
+    g = generator(settings.seed, 0, 99)
+    t = ((torch.randperm(len(rows), generator=g) + 0.5) * count / len(rows)).long()
+    eps = torch.randn((len(rows), *denoiser.latent_shape), generator=g)
+    denoiser.unet.requires_grad_(True)
+    try:
+        for start in range(0, len(rows), settings.batch):
+            part = slice(start, start + settings.batch)
+            there = rows[part].to(denoiser.device)
+            errors = denoiser.errors(
+                domain.latents[there], t[part].to(denoiser.device), eps[part].to(denoiser.device),
+                domain.conditioning(there),
+            )  # fmt: skip
+            (errors.mean(dim=(1, 2, 3)).sum() / len(rows)).backward()
+        return {
+            n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in own.items()
+        }
+    finally:
+        denoiser.unet.requires_grad_(False)
+        for p in own.values():
+            p.grad = None
