@@ -1,8 +1,9 @@
 """An update of the mask (its step and 4 of the user): ours, and the published loop that encodes in every step.
 
 Same UNet with the block layout of SD 1.5 at a tenth of its widths (686 tensors, 8.6M parameters), same
-pictures, batch 16, fp32, one thread, in turns in one process. The autoencoder is as wide as makes its share of
-the published step the 7 to 8 % that were measured of the public code (27 % at full size).
+pictures, batch 16, fp32, one thread, in turns in one process. The encoders are as large as gives them about the
+share of a published step that was measured of the public code on such a UNet: autoencoder 7 to 8 %
+(27 % at full size), text encoder 1 to 2 %.
 
 Copies of the weights at the peak are counted: `Ledger` follows every storage that an operation makes during an
 update, in forward, backward and hooks alike. A storage counts as weights if it was there before and
@@ -18,34 +19,32 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench._ledger import Ledger, mappings
 from bench._published_mask import PublishedMask
 from bench._result import record
+from bench._small_sd15 import PARAMETERS, RESOLUTION, TENSORS, small_denoiser
 from bench._support import draw_folder, interleaved
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from diffward.data import Pictures
-    from diffward.models.denoiser import Denoiser
     from diffward.guard.subject import Subject
+    from diffward.models.denoiser import Denoiser
     from diffward.models.features import Features
 
 SEED = 0
 BATCH, COUNTED = 16, 10  # pictures in a step: where it is timed, where memory is counted
 PICTURES = 32  # of each domain
-RESOLUTION = 64  # pixels
 OPTIMIZERS = ("factored", "adamw")
-TENSORS, PARAMETERS = 686, 8_605_284
 
 
 def run(quick: bool = False) -> None:
@@ -224,83 +223,6 @@ def upper_of(subject: Subject) -> Any:
     return Budgeted(subject.settings, subject.costs, (1.0, 1.0))
 
 
-class Ledger(TorchDispatchMode):
-    """Bytes of weights and of what is made of them: now, and at the most since it was opened.
-
-    Args:
-        parameters: whose shapes count, also transposed and as matrices of one row an output.
-        held: what is there before and counts.
-        ranges: addresses that do not: mapped files.
-    """
-
-    def __init__(
-        self, parameters: Iterable[Tensor], held: Iterable[Tensor], ranges: Iterable[range] = ()
-    ) -> None:
-        super().__init__()
-        parameters = list(parameters)
-        self.size = sum(p.nbytes for p in parameters)
-        self.now = self.peak = 0
-        self._ranges, self._marked = list(ranges), False
-        self._known: dict[int, tuple[int, Any]] = {}
-        self._shapes = {
-            shape for p in parameters
-            for shape in (tuple(p.shape), tuple(p.shape)[::-1], (len(p), p.numel() // len(p)))
-        }  # fmt: skip
-        for tensor in held:
-            self._enter(tensor)
-
-    @property
-    def copies(self) -> float:
-        """The peak, in copies of the weights."""
-        return self.peak / self.size
-
-    @contextlib.contextmanager
-    def updating(self) -> Iterator[None]:
-        """Whatever is made within counts."""
-        self._marked = True
-        try:
-            yield
-        finally:
-            self._marked = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and (self._marked or tuple(tensor.shape) in self._shapes):  # fmt: skip
-                self._enter(tensor)
-        return made
-
-    def _enter(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, address = storage._cdata, storage.data_ptr()
-        if key in self._known or any(address in part for part in self._ranges):
-            return
-        self._known[key] = storage.nbytes(), weakref.ref(storage, lambda _: self._leave(key))
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-
-    def _leave(self, key: int) -> None:
-        size, _ = self._known.pop(key)
-        self.now -= size
-
-
-def mappings(path: Path) -> list[tuple[range, int]]:
-    """Where this process maps a file, and the bytes of each mapping that became its own; none but on Linux."""
-    told = Path("/proc/self/smaps")
-    found: list[tuple[range, int]] = []
-    inside = False
-    for line in told.read_text().splitlines() if told.exists() else []:
-        first, *rest = line.split()
-        if not first.endswith(":"):
-            inside = bool(rest) and rest[-1] == str(path.resolve())
-            if inside:
-                low, high = (int(end, 16) for end in first.split("-"))
-                found.append((range(low, high), 0))
-        elif inside and first == "Anonymous:":
-            found[-1] = found[-1][0], int(rest[0]) * 1024
-    return found
-
-
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -324,59 +246,3 @@ def domains(denoiser: Denoiser, pictures: Pictures) -> tuple[Features, Features]
     features = encode_pictures(denoiser, pictures, cache=False)
     half = len(pictures) // 2
     return features.of(range(half)), features.of(range(half, len(pictures)))
-
-
-def small_denoiser(factor: int = 4) -> Denoiser:
-    """SD 1.5's blocks at a tenth of their widths, random weights; the VAE shrinks by `factor`, 4 or 8."""
-    from diffusers import (
-        AutoencoderKL,
-        PNDMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from bench.make_sd15 import _new_tokenizer
-    from diffward.models.denoiser import Denoiser
-
-    torch.manual_seed(SEED)
-    tokenizer, width = _new_tokenizer(), 64
-    unet = UNet2DConditionModel(
-        sample_size=RESOLUTION // factor,
-        block_out_channels=(32, 64, 128, 128),
-        layers_per_block=2,
-        cross_attention_dim=width,
-        attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    )
-    found = len(list(unet.parameters())), sum(p.numel() for p in unet.parameters())
-    assert found == (TENSORS, PARAMETERS), f"{found[0]} tensors, {found[1]:,} parameters"
-    channels = (20, 40, 80) if factor == 4 else (12, 24, 48, 48)
-    vae = AutoencoderKL(
-        sample_size=RESOLUTION,
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.18215,
-    )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, projection_dim=width, intermediate_size=4 * width,
-            num_hidden_layers=6, num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
-            hidden_act="quick_gelu", bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1,
-            pad_token_id=len(tokenizer) - 1,
-        )
-    )  # fmt: skip
-    scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
-        skip_prk_steps=True, set_alpha_to_one=False,
-    )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    return Denoiser(pipeline, "sd15 layout, a tenth of the widths", resolution=RESOLUTION)

@@ -106,7 +106,9 @@ def run_bilevel(subject: Subject, upper: Bilevel) -> Found:
     if settings.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     try:
-        effective = Effective(unet, base, tuned, upper.mask(), user, settings.user_lr)
+        # theta_ft was reached at half that rate on average (cosine).
+        rate = settings.user_lr * (1.0 if settings.paper else 0.5)
+        effective = Effective(unet, base, tuned, upper.mask(), user, rate)
         done, losses = _resume(subject, upper, effective)
         effective.set_mask(upper.mask())
         simulation = Simulation(subject, effective)

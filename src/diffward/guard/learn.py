@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from diffward.errors import InputError
+from diffward.guard.artefacts import public_name
 from diffward.guard.budget import choose, share_of
 from diffward.guard.losses import losses_of
 from diffward.guard.mask import FreezeMask
@@ -26,23 +27,25 @@ def learn_mask(subject: Subject, method: str, domains: dict[str, Any] | None = N
         InputError: the budget freezes nothing or everything, or the guard edits weights instead.
         TrainingError: a loss of the simulated fine-tuning was not finite.
     """
-    found = GUARDS[method].obj(subject)
+    return mask_from(subject, method, GUARDS[method].obj(subject), domains)
+
+
+def mask_from(
+    subject: Subject, method: str, found: Found, domains: dict[str, Any] | None = None
+) -> FreezeMask:
+    """The artefact of what a guard found: the budget met exactly, the losses under the hard mask looked at again.
+
+    Raises:
+        InputError: as `learn_mask`.
+    """
     if found.scores is None:
         raise InputError(
             f"guard {method} edits weights and gives no mask; it has nothing to freeze"
         )
     scores = cost_aware(found.scores, subject)
     frozen = choose(scores, subject.costs, subject.settings.budget)
-    return mask_of(subject, method, frozen, scores, found, domains)
-
-
-def mask_of(
-    subject: Subject, method: str, frozen: Tensor, scores: Tensor, found: Found,
-    domains: dict[str, Any] | None = None,
-) -> FreezeMask:  # fmt: skip
-    """The artefact of a hard mask; where there is a fine-tuned model, with what the mask does to its losses."""
     facts: dict[str, Any] = {
-        "method": method, "base": subject.denoiser.name, "base_identity": subject.denoiser.unet_identity,
+        "method": method, "base": public_name(subject.denoiser), "base_identity": subject.denoiser.unet_identity,
         "budget": {
             "share": subject.settings.budget, "by": subject.settings.by,
             "reached": share_of(frozen, subject.costs),

@@ -62,7 +62,7 @@ class FreezeMask:
 
     @property
     def scores(self) -> Tensor:
-        return torch.tensor([entry.score for entry in self.tensors.values()])
+        return torch.tensor([e.score for e in self.tensors.values()], dtype=torch.float64)
 
     @property
     def tensor_share(self) -> float:
@@ -87,7 +87,10 @@ class FreezeMask:
         facts: dict[str, Any],
     ) -> FreezeMask:  # fmt: skip
         """A mask of the base whose UNet has these weights."""
-        chosen, ranked = torch.as_tensor(frozen).tolist(), torch.as_tensor(scores).tolist()
+        chosen, ranked = (
+            torch.as_tensor(frozen).tolist(),
+            torch.as_tensor(scores, dtype=torch.float64).tolist(),
+        )
         return cls(
             {
                 name: Entry(tuple(tensor.shape), bool(one), float(score), hashes_of(tensor))
@@ -150,7 +153,7 @@ class FreezeMask:
             raise InputError(f"{path}: no such mask") from None
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{path}: not a mask of diffward (JSON); import a positional text file with --positional"
+                f"{path}: not a mask of diffward (JSON); guard apply --mask FILE --out mask.json turns a positional text file into one"
             ) from error
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise InputError(f"{path}: not a mask of diffward (schema {SCHEMA})")

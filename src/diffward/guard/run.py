@@ -15,10 +15,9 @@ import torch
 from diffward.data import Pictures
 from diffward.errors import InputError, TrainingError
 from diffward.files import write_json
-from diffward.guard.artefacts import EDIT, MASK, public_name, put_edit, read_edit
-from diffward.guard.budget import choose
+from diffward.guard.artefacts import EDIT, MASK, put_edit, read_edit
 from diffward.guard.domains import Domains
-from diffward.guard.learn import cost_aware, mask_of
+from diffward.guard.learn import mask_from
 from diffward.guard.mask import FreezeMask
 from diffward.guard.plot import draw_mask
 from diffward.guard.stored import Stored
@@ -179,11 +178,7 @@ def _artefact(subject: Subject, method: str, found: Found, domains: Domains, out
         return Learned(
             out / EDIT, facts={"edited_tensors": len(found.edited), "found": found.facts}
         )
-    assert found.scores is not None, f"{method} gives neither scores nor weights"
-    scores = cost_aware(found.scores, subject)
-    frozen = choose(scores, subject.costs, subject.settings.budget)
-    mask = mask_of(subject, method, frozen, scores, found, domains.facts())
-    mask.facts["base"] = public_name(subject.denoiser)
+    mask = mask_from(subject, method, found, domains.facts())
     keep = ("budget", "domains", "losses", "found")
     facts = {
         "frozen_tensors": len(mask.frozen), "tensor_share": mask.tensor_share, "parameter_share": mask.parameter_share,

@@ -50,6 +50,9 @@ def evaluate(
             (or a hub id) of an image model.
         out: folder for the page and the pictures.
     """
+    config = dict(locals())
+
+    from dataclasses import asdict
     from pathlib import Path
 
     from diffward.guard.case import Case, guards_of, mask_words
@@ -57,7 +60,7 @@ def evaluate(
     from diffward.guard.eyes import open_eye
     from diffward.guard.plot import draw_mask
     from diffward.models.load import load_base
-    from diffward.provenance import hardware, versions
+    from diffward.provenance import hardware, versions, write_config
     from diffward.report.guard import write_guard_page
 
     case = Case.load(
@@ -71,6 +74,8 @@ def evaluate(
     seen = open_eye(eye, str(denoiser.device))
     sides = case.sides(denoiser, class_prompt, innocent_class_prompt, cache=cache)
     found = attack(denoiser, guards, *sides, settings, Path(out) / "work", eye=seen)
+    del config["settings"]
+    write_config({**config, **asdict(settings)}, Path(out) / "config.yaml")
     plot = Path(out) / "mask.png"
     if given:
         draw_mask(given, plot)

@@ -1,0 +1,257 @@
+"""FreezeAsGuard's tables at `mini` scale: what a guard leaves an attacker, in the forbidden and in the allowed domain.
+
+The publisher learns a mask on some people and a style; an attacker, with other pictures, adapts to one of the
+people; anybody adapts to the style. Tables as in Huang & Gao 2024: 1 (guards and attackers), 2 (share frozen),
+4 (number of subjects), 5 (innocent domains), 6 (bases). Table 3 is `freeze-cost`; `mask-learns` asks whether a
+mask holds anything of the data at all.
+
+Resumable: everything is kept in runs/bench-freezeasguard, and several processes share the work.
+`python -m bench.freezeasguard` writes the tables from what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench._claim import claimed
+from bench._result import record
+from bench.guard_cases import ATTACKED, QUICK, RHO, WORK, Learned, Sizes, World, load
+from diffward.files import write_json
+from diffward.guard.attackers import AttackSettings
+from diffward.guard.evaluate import EvaluateSettings, evaluate
+from diffward.guard.eyes import open_eye
+from diffward.metrics.shares import contrast_over_runs, share_over_runs
+
+SEEDS = (1, 2, 3)
+SHARES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
+MAIN = ("random", "freeze", "uce", "imma", "freeze+uce")
+OTHERS = ("lora", "lora-kept", "dreambooth", "unfreeze")
+NOTES = (
+    "illegal: an attacker adapts to one person alone (two people a seed, 16 pictures, 100 steps of 8, AdamW 1e-3, "
+    "cosine), then 24 pictures of 'a portrait of NAME' are drawn; identity_match: at most 1 of 8 attributes differs "
+    "(attribute network), kid: against 24 held-out portraits, features of the same network, mean of the two people",
+    "innocent_quality: share of full fine-tuning's gain on held-out pictures' loss that is kept (1 = all of it)",
+    "masks: learned on 12 other portraits of each of 5 people and 64 pictures of the style; random: as many "
+    "parameters by lot; the mask of freeze+uce is learned on the edited base",
+    "memory_ratio: weights, gradients and AdamW's moments of the UNet, counted, to those of full fine-tuning; "
+    "time_ratio: median step, side by side on a shared machine; activations and real sizes: freeze-cost",
+    "unfreeze: the attacker ignores the mask; for a guard that only freezes this is full fine-tuning of the base by "
+    "construction (method none)",
+    "fid is left out: fewer pictures than features",
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the tables that one process does at a time."""
+
+    table: str
+    seed: int
+    guards: tuple[str, ...]
+    attackers: tuple[str, ...] = ("full",)
+    share: float = RHO
+    subjects: int = 5
+    innocent: str = "neon garments"
+    base: str = "mini"
+    steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [
+            f"table{self.table}",
+            f"s{self.seed}",
+            f"{self.share:g}",
+            f"{self.subjects}",
+            self.innocent,
+        ]
+        parts += [
+            Path(self.base).name,
+            "-".join(self.attackers),
+            "-".join(self.guards),
+            f"{self.steps or ''}",
+        ]
+        return "_".join(parts).replace(" ", "-")
+
+
+def units() -> Iterator[Unit]:
+    """In the order of the work: what decides comes first."""
+    for seed in SEEDS:
+        yield Unit("1", seed, ("random", "freeze"))
+    for share in SHARES:
+        yield Unit("2", SEEDS[0], ("random", "freeze"), share=share)
+    for seed in SEEDS:
+        yield Unit("1", seed, ("uce", "imma", "freeze+uce"))
+    yield Unit("5", SEEDS[0], ("random", "freeze"), innocent="sketched logos")
+    for subjects in (2, 10):
+        yield Unit("4", SEEDS[0], ("random", "freeze"), subjects=subjects)
+    for seed in SEEDS:
+        yield Unit("1", seed, MAIN, ("lora", "lora-kept", "unfreeze"))
+    yield Unit("1, longer", SEEDS[0], ("random", "freeze"), steps=300)
+    yield Unit("1", SEEDS[0], ("blocks", "fisher", "first-order", "magnitude"))
+    if (WORK / "bases" / "v_prediction").is_dir():
+        yield Unit("6", SEEDS[0], ("random", "freeze"), base=str(WORK / "bases" / "v_prediction"))
+    for seed in SEEDS:
+        yield Unit("1", seed, MAIN, ("dreambooth",))
+
+
+def run(quick: bool = False) -> None:
+    if quick:
+        with tempfile.TemporaryDirectory() as folder:
+            few = [Unit("1", SEEDS[0], ("random", "freeze", "uce"), ("full", "lora"))]
+            write(Bench(few, Path(folder), QUICK), quick=True)
+    else:
+        write(Bench(list(units()), WORK, Sizes()), quick=False)
+
+
+def write(bench: Bench, quick: bool, work: bool = True) -> None:
+    """Do what is missing (if `work`), then record all that is there."""
+    if work:
+        bench.work_through()
+    done = [unit for unit in bench.units if bench.file(unit).exists()]
+    rows = [row for unit in done for row in json.loads(bench.file(unit).read_text())]
+    missing = [unit.name for unit in bench.units if unit not in done]
+    record("freezeasguard", [*contrasts(rows), *rows], seeds=SEEDS, quick=quick, notes=[
+        *NOTES, *([f"not measured: {', '.join(missing)}"] if missing else []),
+    ])  # fmt: skip
+
+
+class Bench:
+    """Units of work, and what is kept of them."""
+
+    def __init__(self, units: Sequence[Unit], work: Path, sizes: Sizes) -> None:
+        self.units, self.work, self.sizes = list(units), work, sizes
+
+    def file(self, unit: Unit) -> Path:
+        return self.work / "rows" / f"{unit.name}.json"
+
+    def work_through(self) -> None:
+        """Finish every unit, what others have begun included."""
+        due = [unit for unit in self.units if not self.file(unit).exists()]
+        while due:
+            left = []
+            for unit in due:
+                with claimed(self.file(unit)) as mine:
+                    if not mine:
+                        left.append(unit)
+                    elif not self.file(unit).exists():
+                        print(unit.name)
+                        write_json(self.file(unit), self.rows(unit))
+            if len(left) == len(due):
+                time.sleep(10)
+            due = left
+
+    def rows(self, unit: Unit) -> list[dict[str, Any]]:
+        """A row a guard and attacker, over the attacked people."""
+        denoiser, sizes = load(unit.base), self.sizes
+        place = World(unit.seed, unit.subjects, unit.innocent, sizes, self.work)
+        learned = Learned(Path(unit.base).name, denoiser, self.work, sizes)
+        guards = learned.guards(place, unit.guards, unit.share)
+        both = [
+            evaluate(
+                denoiser, guards, place.illegal_side(denoiser, who), place.innocent_side(denoiser),
+                EvaluateSettings(
+                    attackers=list(unit.attackers), seeds=[unit.seed], pictures=sizes.drawn,
+                    innocent_pictures=sizes.drawn_things, draw_steps=sizes.draw_steps, resamples=200,
+                    attack=AttackSettings(steps=unit.steps or sizes.attack, lr=1e-3, lora_lr=2e-3),
+                ),
+                self.work / "cells", eye=open_eye("attributes"),
+            )
+            for who in range(ATTACKED)
+        ]  # fmt: skip
+        shares = {guard["name"]: guard["parameter_share"] for guard in both[0].data["guards"]}
+        rows = []
+        for first, second in zip(*(one.data["rows"] for one in both), strict=True):
+            if first["domain"] != "illegal":
+                continue
+            pair = (first, second)
+            innocent = next(
+                (r for r in both[0].data["rows"] if r["domain"] == "innocent"
+                 and (r["guard"], r["attacker"]) == (first["guard"], first["attacker"])), None,
+            )  # fmt: skip
+            hits = [self._hits(place, both[i], pair[i], i) for i in range(ATTACKED)]
+            value, ends = share_over_runs(np.array([hits]).reshape(1, -1))
+            rows.append({
+                "table": unit.table, "method": first["guard"], "attacker": first["attacker"],
+                "rho": unit.share if first["guard"] not in ("none", "uce", "imma") else 0.0,
+                "parameter_share": shares[first["guard"]], "subjects": unit.subjects, "base": Path(unit.base).name,
+                "innocent": unit.innocent, "seed": unit.seed, "steps": first["attack_steps"],
+                "illegal": {
+                    "identity_match": value, "identity_ci95": list(ends), "by_person": [float(np.mean(h)) for h in hits],
+                    "kid": _mean(row["kid"] and row["kid"]["value"] for row in pair), "fid": None,
+                    "held_out_loss": _mean(row["held_out_loss"] for row in pair),
+                },
+                "innocent_quality": innocent and innocent["gain_kept"],
+                "innocent_kid": innocent and innocent["kid"] and innocent["kid"]["value"],
+                "memory_ratio": first["memory_ratio"], "time_ratio": _mean(row["time_ratio"] for row in pair),
+                "hits": [list(map(int, h)) for h in hits],
+            })  # fmt: skip
+        return rows
+
+    def _hits(self, place: World, found: Any, row: dict[str, Any], who: int) -> np.ndarray:
+        from diffward.models.mini.reader import load_reader
+
+        person = list(place.people.values())[who]
+        return load_reader().matches(found.pictures(row), person)
+
+
+def contrasts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Against full fine-tuning without a guard and against random freezing, picture by picture, people as runs."""
+    own = [row for row in rows if row["table"] == "1"]
+    found = []
+    for method, attacker in dict.fromkeys((row["method"], row["attacker"]) for row in own):
+        mine = _hits_of(own, method, attacker)
+        told: dict[str, Any] = {
+            "table": "1, over seeds",
+            "method": method,
+            "attacker": attacker,
+            "runs": len(mine),
+        }
+        value, ends = share_over_runs(np.array(list(mine.values())))
+        told |= {"identity_match": value, "identity_ci95": list(ends)}
+        for other in ("none", "random"):
+            theirs = _hits_of(own, other, attacker)
+            both = [key for key in mine if key in theirs]
+            if method != other and len(both) > 1:
+                difference, limits = contrast_over_runs(
+                    [1.0, -1.0], [np.array([side[key] for key in both]) for side in (mine, theirs)]
+                )
+                told |= {f"vs_{other}": difference, f"vs_{other}_ci95": list(limits)}
+        quality = [
+            row["innocent_quality"] for row in own
+            if (row["method"], row["attacker"]) == (method, attacker) and row["innocent_quality"] is not None
+        ]  # fmt: skip
+        if quality:
+            told |= {
+                "innocent_quality": float(np.mean(quality)),
+                "innocent_quality_range": [min(quality), max(quality)],
+            }
+        found.append(told)
+    return found
+
+
+def _hits_of(
+    rows: list[dict[str, Any]], method: str, attacker: str
+) -> dict[tuple[int, int], list[int]]:
+    return {
+        (row["seed"], who): hits
+        for row in rows if (row["method"], row["attacker"]) == (method, attacker)
+        for who, hits in enumerate(row["hits"])
+    }  # fmt: skip
+
+
+def _mean(values: Any) -> float | None:
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+if __name__ == "__main__":
+    sys.exit(write(Bench(list(units()), WORK, Sizes()), quick=False, work=False))
