@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffward.commands.cli import parse
-from diffward.commands.main import COMMANDS, command
+from diffward.commands.main import command, find
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,8 +27,7 @@ def shown() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "line"), shown())
 def test_commands_of_the_docs_parse(page: str, line: str) -> None:
-    name, *args = shlex.split(line)[1:]
-    assert name in COMMANDS, page
+    name, args = find(shlex.split(line)[1:])
     parse(command(name), f"diffward {name}", args)
 
 
@@ -46,6 +45,13 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_page_of_guards_names_them_all() -> None:
+    from diffward.guard import GUARDS
+
+    page = (ROOT / "docs" / "guard.md").read_text(encoding="utf-8")
+    assert [name for name in GUARDS.names() if f"`{name}`" not in page] == []
 
 
 def test_the_page_of_attacks_names_them_all() -> None:
