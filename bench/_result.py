@@ -58,6 +58,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_cell(v)}" for k, v in value.items() if v is not None)
     if isinstance(value, list | tuple):
         return " to ".join(_cell(v) for v in value)
     return "" if value is None else str(value)

@@ -7,7 +7,7 @@ fine-tuning (AdamW, fp32) by `diffward.finetune.train` with the mask's tensors f
     costly   the tensors whose training costs most (guard.cost)
     early    the first in the order in which a forward pass uses them, so that the backward pass ends early
 
-and `python -m bench.freeze_cost learn BASE FOLDER OPTIMIZER`: theta_ft and one update of the mask, for what learning needs.
+and `python -m bench.freeze_cost learn BASE FOLDER`: theta_ft and one update of the mask, for what learning needs.
 """
 
 from __future__ import annotations
@@ -37,19 +37,12 @@ if TYPE_CHECKING:
 
 SEED, LR = 0, 1e-5
 SD15, SMALL = "sd15", "small"
+OPTIMIZER = "factored"  # of the simulated user
 WARM, STEPS = 1, 2
 LIMIT_MB = 24 * 2**30 / 1e6
 
 
-@dataclass(frozen=True)
-class Place:
-    """A base, the side of its latents, and pictures in a step."""
-
-    latent: int
-    batch: int
-
-
-PLACES = {SD15: Place(16, 2), SMALL: Place(8, 2)}
+LATENT, BATCH = {SD15: 16, SMALL: 8}, 2
 
 
 @dataclass(frozen=True)
@@ -77,9 +70,8 @@ QUICK = (Case(0.3), Case(0.3, mask="costly"), Case(0.3, mask="early"))
 def run(quick: bool = False) -> None:
     base = SMALL if quick else SD15
     rows = [*table(base, QUICK if quick else CASES), *learning(base)]
-    place = PLACES[base]
     record("freeze-cost", rows, seeds=[SEED], quick=quick, notes=[
-        f"full fine-tuning, AdamW, fp32, one thread, batch {place.batch}, latents {place.latent} x {place.latent}, "
+        f"full fine-tuning, AdamW, fp32, one thread, batch {BATCH}, latents {LATENT[base]} x {LATENT[base]}, "
         f"random weights; each row a process of its own, {STEPS} steps after {WARM} that is not counted",
         "rho: share frozen, of what `by` says (cost: of what training all tensors costs); mask: random; costly: the tensors whose training costs most; early: "
         "the first that a forward pass uses; tensor_share, parameter_share: what is frozen",
@@ -87,7 +79,7 @@ def run(quick: bool = False) -> None:
         "processor seconds of a step; ratios: to rho = 0, which is measured first and last and averaged",
         "learn: the simulated user's optimizer; theta_ft and one update of the mask with interval 1. tune: the process "
         "that also makes theta_ft; update: the one that finds it made. private_mb: the most anonymous memory (sampled): "
-        "what remains when the system drops the pages of theta_pre's file",
+        "what remains when the system drops the pages of theta_pre's file; its seconds include writing the checkpoint",
     ])  # fmt: skip
 
 
@@ -113,8 +105,9 @@ def learning(base: str) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         for stage in ("tune", "update"):
-            found = _alone("learn", base, name, "factored")
-            rows.append({"base": base, "learn": "factored", "stage": stage, **found, "fits_24_gib": found["memory_mb"] <= LIMIT_MB})  # fmt: skip
+            found = _alone("learn", base, name)
+            fits = {"fits_24_gib": found["memory_mb"] <= LIMIT_MB}
+            rows.append({"base": base, "learn": OPTIMIZER, "stage": stage, **found, **fits})
             (Path(name) / "learning.pt").unlink()  # or the second process would find all done
     return rows
 
@@ -137,14 +130,14 @@ def train_alone(base: str, case: Case) -> dict[str, float]:
     from diffward.guard.budget import share_of
     from diffward.guard.stored import parameters_of
 
-    denoiser, place = denoiser_of(base), PLACES[base]
+    denoiser = denoiser_of(base)
     own = parameters_of(denoiser.unet)
     chosen = frozen_by(case, denoiser)
     names = [name for name, one in zip(own, chosen.tolist(), strict=True) if one]
     stamps: list[float] = []
-    settings = Settings(steps=WARM + STEPS, batch=place.batch, lr=LR, tune="full", seed=SEED)
+    settings = Settings(steps=WARM + STEPS, batch=BATCH, lr=LR, tune="full", seed=SEED)
     train(
-        denoiser, pictures_of(denoiser, 2 * place.batch), Plain(), settings, frozen=names,
+        denoiser, pictures_of(denoiser, 2 * BATCH), Plain(), settings, frozen=names,
         on_step=lambda step: stamps.append(time.process_time()),
     )  # fmt: skip
     sizes = [float(p.numel()) for p in own.values()]
@@ -208,18 +201,18 @@ def order_of_use(denoiser: Denoiser) -> Tensor:
     return torch.tensor([places[name.rpartition(".")[0]] for name in parameters_of(denoiser.unet)])
 
 
-def learn_alone(base: str, folder: Path, optimizer: str) -> dict[str, float]:
+def learn_alone(base: str, folder: Path) -> dict[str, float]:
     """theta_ft (unless the folder has it) and one update; gives the seconds of both and the most private memory."""
     from bench.mask_speed import upper_of
     from diffward.guard.bilevel import run_bilevel
     from diffward.guard.settings import GuardSettings
     from diffward.guard.subject import Subject
 
-    denoiser, place = denoiser_of(base), PLACES[base]
+    denoiser = denoiser_of(base)
     settings = GuardSettings(
-        tune_steps=1, updates=1, interval=1, batch=place.batch, user_lr=LR, user_optimizer=optimizer, seed=SEED,
+        tune_steps=1, updates=1, interval=1, batch=BATCH, user_lr=LR, user_optimizer=OPTIMIZER, seed=SEED
     )  # fmt: skip
-    illegal, innocent = (pictures_of(denoiser, place.batch, SEED + i) for i in (1, 2))
+    illegal, innocent = (pictures_of(denoiser, BATCH, SEED + i) for i in (1, 2))
     subject = Subject(denoiser, illegal, innocent, settings, folder)
     with most_private() as most:
         began = time.process_time()
@@ -263,7 +256,7 @@ def denoiser_of(base: str) -> Denoiser:
         return small_denoiser(seed=SEED)
     from bench.make_sd15 import new_pipeline
 
-    return Denoiser(new_pipeline(seed=SEED), base, resolution=8 * PLACES[base].latent)
+    return Denoiser(new_pipeline(seed=SEED), base, resolution=8 * LATENT[base])
 
 
 def pictures_of(denoiser: Denoiser, count: int, seed: int = SEED) -> Features:
@@ -288,18 +281,17 @@ def main() -> None:
     ways = parser.add_subparsers(dest="way", required=True)
     training, learn = ways.add_parser("train"), ways.add_parser("learn")
     for one in (training, learn):
-        one.add_argument("base", choices=list(PLACES))
+        one.add_argument("base", choices=list(LATENT))
     training.add_argument("rho", type=float)
     training.add_argument("by", choices=["tensors", "parameters", "cost"])
     training.add_argument("mask", choices=["none", "random", "costly", "early"])
     learn.add_argument("folder", type=Path)
-    learn.add_argument("optimizer", choices=["factored", "adamw", "sgd"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.way == "train":
         print(json.dumps(train_alone(args.base, Case(args.rho, args.by, args.mask))))
     else:
-        print(json.dumps(learn_alone(args.base, args.folder, args.optimizer)))
+        print(json.dumps(learn_alone(args.base, args.folder)))
 
 
 if __name__ == "__main__":

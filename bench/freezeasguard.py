@@ -24,7 +24,7 @@ import numpy as np
 
 from bench._claim import claimed
 from bench._result import record
-from bench.guard_cases import ATTACKED, QUICK, RHO, WORK, Learned, Sizes, World, load
+from bench.guard_cases import ATTACKED, HARD, QUICK, RHO, WORK, Learned, Sizes, World, load
 from diffward.files import write_json
 from diffward.guard.attackers import AttackSettings
 from diffward.guard.evaluate import EvaluateSettings, evaluate
@@ -86,6 +86,8 @@ def units() -> Iterator[Unit]:
     """In the order of the work: what decides comes first."""
     for seed in SEEDS:
         yield Unit("1", seed, ("random", "freeze"))
+    for seed in SEEDS:
+        yield Unit("1", seed, (HARD,))
     for share in SHARES:
         yield Unit("2", SEEDS[0], ("random", "freeze"), share=share)
     for seed in SEEDS:
@@ -119,7 +121,8 @@ def write(bench: Bench, quick: bool, work: bool = True) -> None:
     done = [unit for unit in bench.units if bench.file(unit).exists()]
     rows = [row for unit in done for row in json.loads(bench.file(unit).read_text())]
     missing = [unit.name for unit in bench.units if unit not in done]
-    record("freezeasguard", [*contrasts(rows), *rows], seeds=SEEDS, quick=quick, notes=[
+    told = [{k: v for k, v in row.items() if k != "hits"} for row in rows]
+    record("freezeasguard", [*contrasts(rows), *told], seeds=SEEDS, quick=quick, notes=[
         *NOTES, *([f"not measured: {', '.join(missing)}"] if missing else []),
     ])  # fmt: skip
 

@@ -33,6 +33,9 @@ THINGS = 64  # pictures of the innocent domain for either of the three
 # name: (domain, style), styles that the base has never seen.
 INNOCENT = {"neon garments": ("garment", "neon"), "sketched logos": ("logo", "sketch")}
 OTHER_ILLEGAL = ("logo", "mosaic")
+# `freeze` with the illegal loss weighed more than the innocent one.
+HARD_WEIGHT = 2.0
+HARD = f"freeze (weight {HARD_WEIGHT:g})"
 # `immunise` against the attacker's own full fine-tuning; its ascent at a rate that leaves the base in use.
 IMMA = ImmaOptions(variant="full", steps=300, batch=8, inner_lr=1e-3, outer_lr=1e-4)
 
@@ -172,13 +175,19 @@ class Learned:
     def mask(
         self, place: World, method: str = "freeze", *, seed: int | None = None,
         kind: tuple[str, str] | None = None, edit: bool = False, paper: bool = False,
+        weight: float = 1.0,
     ) -> FreezeMask:  # fmt: skip
-        """Learned and kept; with `edit`, of the base after `uce`; with `paper`, by the published update."""
+        """Learned and kept; with `edit`, of the base after `uce`; with `paper`, by the published update.
+
+        Args:
+            weight: lambda of the illegal domain, that of the innocent one being 1.
+        """
         told = [method, self.base, f"{place.subjects}", place.innocent, f"s{place.seed}"]
         told += [f"again{seed}"] if seed is not None else []
         told += ["-".join(kind)] if kind else []
         told += ["after-uce"] if edit else []
         told += ["as-published"] if paper else []
+        told += [f"weight{weight:g}"] if weight != 1 else []
         folder = self.work / "learned" / "-".join(told).replace(" ", "-")
         file = folder / "mask.json"
         with claimed(folder, wait=True):
@@ -186,6 +195,7 @@ class Learned:
                 print(f"learn {folder.name}")
                 with self.edited(self.uce(place) if edit else {}):
                     subject = self.subject(place, folder, seed, kind)
+                    subject.settings = replace(subject.settings, illegal_weight=weight)
                     if paper:
                         assert len(
                             subject.tuned
@@ -253,6 +263,9 @@ class Learned:
                 found.append(random_matched(self.denoiser, frozen, seed))
             elif name in ("uce", "imma"):
                 found.append(Guarded(name, edit=getattr(self, name)(place), seed=seed))
+            elif name == HARD:
+                frozen = self.budgeted(self.mask(place, weight=HARD_WEIGHT), share)
+                found.append(Guarded(name, frozen, seed=seed))
             elif name == "freeze+uce":
                 frozen = self.budgeted(self.mask(place, edit=True), share)
                 found.append(Guarded(name, frozen, self.uce(place), seed))

@@ -33,15 +33,16 @@ def audit(
     thumbnails: bool = False,
     cache: bool = True,
 ) -> int:
-    """What does this LoRA give away? Writes OUT/report.html, OUT/report.json and OUT/scores.csv.
+    """What does this LoRA or fully fine-tuned model give away? Writes OUT/report.html, OUT/report.json and OUT/scores.csv.
 
     Give the pictures it was trained on and held-out ones of the same source, as two folders
     (--members, --non-members) or as one folder and the split it was trained with (--data, --split).
     Without pictures only the file itself is looked at, and no base is loaded.
 
     Args:
-        file: a LoRA file or folder of any layout.
-        base: the base it was made for: mini, a diffusers folder, a checkpoint file or a hub id.
+        file: a LoRA file or folder of any layout; or a full model: a diffusers folder, such as OUT/pipeline of
+            `diffward train --tune full`, or a checkpoint file.
+        base: the base it was made for or trained from: mini, a diffusers folder, a checkpoint file or a hub id.
         members: folder of pictures it was trained on.
         non_members: folder of pictures of the same kind that it was not trained on.
         data: folder with both, divided by --split.
@@ -64,11 +65,11 @@ def audit(
     """
     from pathlib import Path
 
-    from diffward.lora import open_lora
     from diffward.membership.evaluate import chosen_attacks as check_attacks
     from diffward.report.audit import AuditOptions, audit_lora, load_sides
     from diffward.report.build import write_report
     from diffward.report.gate import parse_gate
+    from diffward.report.subject import open_audited
     from diffward.report.terminal import show_report
 
     config = dict(locals())
@@ -81,7 +82,7 @@ def audit(
     )  # fmt: skip
     check_attacks(attacks)
     gate = parse_gate(fail_above) if fail_above else None
-    open_lora(file)  # bad files are named before anything heavy is loaded
+    open_audited(file, shadows=shadows)  # bad files are named before anything heavy is loaded
     columns = {
         "image_column": image_column,
         "caption_column": caption_column,

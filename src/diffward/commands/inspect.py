@@ -9,9 +9,19 @@ def inspect(file: str, json: bool = False, full: bool = False) -> None:
         json: print JSON.
         full: measure the norm and spectrum of every module, however large the file.
     """
+    from diffward.errors import InputError
     from diffward.lora import inspect_lora
 
-    inspection = inspect_lora(file, full)
+    try:
+        inspection = inspect_lora(file, full)
+    except InputError:
+        from diffward.models.full import find_full
+
+        if find_full(file) is None:
+            raise
+        raise InputError(
+            f"{file}: is a full model, not a LoRA; diffward audit {file} says what it gives away"
+        ) from None
     if json:
         from json import dumps
 

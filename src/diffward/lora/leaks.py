@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from diffward.lora.file import PEFT_CONFIG, LoraFile
+from diffward.lora.header import read_header
 from diffward.lora.leak_rules import describe, find_paths
 from diffward.lora.policy import clean_adapter_config, is_harmless, kept_value
 from diffward.lora.source import PickleSource, archive_root
@@ -63,6 +64,25 @@ def file_leaks(file: LoraFile) -> list[Leak]:
     return leaks
 
 
+def model_leaks(path: Path, metadata: Mapping[str, str]) -> list[Leak]:
+    """What a full model tells beside its weights.
+
+    Of a file: its header (`metadata`). Of a folder: the headers of all weights in it, archives' names, pictures,
+    training states, and paths in what is JSON.
+    """
+    if path.is_file():
+        return [*header_leaks(dict(metadata)), *_archive_leaks(path)]
+    leaks = []
+    for file in sorted(path.rglob("*")):
+        name = str(file.relative_to(path))
+        if file.suffix == ".safetensors":
+            found = header_leaks(read_header(file).metadata)
+            leaks += [replace(leak, key=f"{name}:{leak.key}") for leak in found]
+        elif file.suffix == ".bin":
+            leaks += [replace(leak, key=f"{name} {leak.key}") for leak in _archive_leaks(file)]
+    return leaks + list(_neighbour_leaks(path))
+
+
 def _config_leaks(config: dict, where: str) -> Iterable[Leak]:
     kept = clean_adapter_config(config)
     for key, value in config.items():
@@ -95,6 +115,7 @@ def _embedding_leaks(extras: Iterable[str]) -> Iterable[Leak]:
         )
 
 
+_VOCABULARIES = ("vocab.json", "tokenizer.json")  # the base's; full of what looks like a path
 _CARD = re.compile(r"^\s*(?:datasets?|instance_prompt|validation_prompt|prompt)\s*:\s*(.+)$", re.M)
 
 
@@ -103,12 +124,12 @@ def _neighbour_leaks(folder: Path) -> Iterable[Leak]:
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-            yield Leak(name, "a picture lies in the adapter's folder", "pictures")
+            yield Leak(name, "a picture lies in the folder", "pictures")
         elif path.name in ("optimizer.pt", "optimizer.bin", "training_args.bin", "scheduler.bin"):
             yield Leak(
                 name, "a training state: it tells more of the data than the weights", "counts"
             )
-        elif path.suffix.lower() == ".json" and path.name != PEFT_CONFIG:
+        elif path.suffix.lower() == ".json" and path.name not in (PEFT_CONFIG, *_VOCABULARIES):
             yield from _text_leaks(path, name)
         elif path.name.lower() == "readme.md":
             text = _read(path)

@@ -54,6 +54,7 @@ class Bank:
         groups: (N,) near-duplicates share a number; None where every picture is its own.
         captions: whether the pictures have captions that tell them apart.
         shadows: errors under LoRAs trained on random halves of the same pictures, if there are any.
+        absent: {what an attack may need ("shadows", "factors"): why it cannot be had here}.
         seed: of cross-fitting.
         base: whether this is a base playing the adapted model, the control.
         evaluations: {(probe, model): denoiser evaluations made}, filled as answers are computed.
@@ -67,6 +68,7 @@ class Bank:
     shadows: Shadows | None = None
     seed: int = 0
     base: bool = False
+    absent: Mapping[str, str] = field(default_factory=dict)
     evaluations: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -134,6 +136,7 @@ def build_bank(
     adapter_id: str | None = None,
     groups: np.ndarray | None = None,
     shadows: Shadows | None = None,
+    absent: Mapping[str, str] | None = None,
     batch: int | None = None,
     seed: int = 0,
 ) -> Bank:
@@ -141,9 +144,10 @@ def build_bank(
 
     Args:
         features: of `pictures`, in their order. All captions empty: they count as unknown.
-        weights: the LoRA's, for white-box probes.
+        weights: the LoRA's, for white-box probes; of a full model the factors of its change.
         adapter_id: hash of the adapter's file: answers are then cached on disk, so that an
             interrupted audit goes on and the base's answers serve every LoRA. None keeps nothing.
+        absent: what attacks may need and there is not, and why, as `Bank` has it.
         batch: denoiser inputs in one forward pass; what fits the size by default.
 
     Raises:
@@ -213,7 +217,7 @@ def build_bank(
 
     return Bank(
         ask, layout, np.asarray(is_member, dtype=bool), groups, any(features.captions), shadows, seed,
-        evaluations=made,
+        absent=absent or {}, evaluations=made,
     )  # fmt: skip
 
 

@@ -60,9 +60,17 @@ def chosen_attacks(wanted: str = "standard") -> list[Entry[Attack]]:
     return [ATTACKS[name] for name in names]
 
 
+def wants_factors(entries: Sequence[Entry[Attack]]) -> bool:
+    """Whether any of these attacks takes gradients along the adapter's factors."""
+    asked = {probe for entry in entries for probe, _ in entry.extra["asks"]}
+    return any(PROBES[probe].extra.get("factors") for probe in asked)
+
+
 def missing(entry: Entry[Attack], bank: Bank) -> str | None:
     """Why an attack cannot be run on this bank; None where it can."""
-    needs = entry.extra.get("needs", ())
+    needs = {*entry.extra.get("needs", ()), *(("factors",) if wants_factors([entry]) else ())}
+    if reason := next((why for need, why in bank.absent.items() if need in needs), None):
+        return reason
     if "captions" in needs and not bank.captions:
         return "needs captions"
     if "shadows" in needs and bank.shadows is None:

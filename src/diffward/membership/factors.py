@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from diffward.lora import LoraModule, LoraWeights
 
 UP_SCALE = 0.02  # standard deviation of fresh `up` factors: neither factor's gradient is zero
 MAX_RANK = 64  # of factors that are computed: a LoKr of two full factors has no small rank
+CHANGE_RANK = 16  # of those of a full model's change
 
 
 def own_factors(weights: LoraWeights) -> LoraWeights:
@@ -33,6 +34,29 @@ def own_factors(weights: LoraWeights) -> LoraWeights:
         if name.startswith("unet.")
     }
     return replace(weights, modules=modules, extras={})
+
+
+def change_factors(
+    changes: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
+) -> LoraWeights:
+    """What full fine-tuning did to the UNet, as if a LoRA of rank 16 had: the directions in which it moved most.
+
+    For white-box probes only, which take gradients along factors: of each matrix's change those that are nearest
+    to it, from a singular value decomposition. What does not fit them is left out, as are biases and norms; the
+    model itself is never approximated. Where the change is a LoRA's the factors span what its own do.
+
+    Args:
+        changes: parameter name with component prefix (`unet.….weight`) and its change.
+        shapes: weight shape of the base's linear layers and convolutions, by module (`Denoiser.module_shapes`).
+    """
+    modules = {}
+    for parameter, delta in changes:
+        name = parameter.removesuffix(".weight")
+        if name == parameter or name not in shapes or not name.startswith("unet."):
+            continue
+        down, up = _best_factors(delta.cpu(), CHANGE_RANK)
+        modules[name] = replace(LoraModule.of(name, down, up), shape=tuple(shapes[name]))
+    return LoraWeights(modules)
 
 
 def random_factors(weights: LoraWeights, seed: int) -> LoraWeights:

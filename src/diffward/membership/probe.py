@@ -34,8 +34,8 @@ class Query:
         text: condition name ("caption", "null", "reduced0" …) to conditioning (n, L, D).
         crops: share of the side to latents (n, C, h, w) of the centre crop, resized back.
         pairs: the K shared (t, eps) pairs.
-        factors: of a white-box probe: the LoRA's weights; of the base, or if the file has no two
-            factors a module, fresh ones of the same shapes.
+        factors: of a white-box probe: the LoRA's weights, or the factors of a full model's change; of
+            the base fresh ones of the same shapes.
         batch: how many denoiser inputs fit one pass.
         model: `ON` or `OFF`.
     """
@@ -92,4 +92,5 @@ PROBES: Registry[Probe] = Registry("probe")
 evaluations  function of `Layout`: denoiser evaluations a picture (a backward pass counts as two more)
 width        denoiser inputs a picture in one pass, for the size of queries; `evaluations` by default
 paired       the last axis runs over pairs: the base's answers can be split in two independent halves
+factors      it takes gradients along factors (`Query.factors`)
 """

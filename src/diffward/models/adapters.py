@@ -1,4 +1,4 @@
-"""Two ways to put a LoRA on a base: merged into swapped weights (any layout), or through PEFT."""
+"""What goes on a base: a LoRA, merged into swapped weights (any layout) or through PEFT; a whole other model."""
 
 from __future__ import annotations
 
@@ -73,6 +73,94 @@ class MergedAdapter:
     def remove(self) -> None:
         self.enable(False)
         self._pairs.clear()
+
+
+class SwappedWeights:
+    """Another model's weights in the place of the base's; on and off swap tensors.
+
+    Keeps what differs only, so it costs one more copy of that. A tensor that is the base's rounded to half
+    precision counts as the base's: nothing was learned in it.
+
+    Attributes:
+        given: components of which there are tensors.
+        touched: those of which something differs.
+    """
+
+    def __init__(
+        self, components: Mapping[str, nn.Module], weights: Mapping[str, Tensor], where: str
+    ) -> None:
+        """See `Denoiser.attach_model`."""
+        self.enabled = False
+        self._pairs: dict[str, tuple[nn.Parameter, Tensor, Tensor]] = {}
+        own = {
+            f"{prefix}.{name}": parameter
+            for prefix, component in components.items()
+            for name, parameter in component.named_parameters()
+        }
+        self.given = {name.split(".")[0] for name in weights}
+        self._check_names(own, set(weights), where)
+        for name in weights:
+            parameter, base, tensor = own[name], own[name].data, weights[name]
+            if tensor.shape != base.shape:
+                raise InputError(
+                    f"{where}: {name} is {_by(tensor)}, the base's {_by(base)}; it is of another architecture"
+                )
+            if not torch.isfinite(tensor.float()).all():
+                raise InputError(f"{where}: {name} holds NaN or infinity")
+            tensor = tensor.to(base.device, base.dtype)
+            if not any(torch.equal(tensor, rounded) for rounded in _roundings(base)):
+                self._pairs[name] = (parameter, base, tensor)
+        if not self._pairs:
+            raise InputError(
+                f"{where}: each of its tensors is the base's, so nothing was fine-tuned; give as --base what the "
+                "model was trained from"
+            )
+        self.touched = {name.split(".")[0] for name in self._pairs}
+        self.enable(True)
+
+    def _check_names(self, own: Mapping[str, nn.Parameter], names: set[str], where: str) -> None:
+        if lacking := [n for n in own if n.split(".")[0] in self.given and n not in names]:
+            raise InputError(
+                f"{where}: has no tensor {lacking[0]}, the base has; it is of another architecture"
+            )
+        if more := sorted(names - set(own)):
+            raise InputError(
+                f"{where}: {len(more)} tensors are not in the base ({more[0]} …); it is of another architecture"
+            )
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the tensors that differ."""
+        return list(self._pairs)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers those hold."""
+        return sum(base.numel() for _, base, _ in self._pairs.values())
+
+    def changes(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and change (the model's less the base's, float32) of each tensor that differs."""
+        for name, (_, base, other) in self._pairs.items():
+            yield name, other.float() - base.float()
+
+    def enable(self, on: bool) -> None:
+        for parameter, base, other in self._pairs.values():
+            parameter.data = other if on else base
+        self.enabled = on
+
+    def remove(self) -> None:
+        self.enable(False)
+        self._pairs.clear()
+
+
+def _roundings(base: Tensor) -> Iterator[Tensor]:
+    yield base
+    for kind in (torch.float16, torch.bfloat16):
+        yield base.to(kind).to(base.dtype)
+
+
+def _by(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "a number"
 
 
 class PeftAdapter:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from diffward.errors import InputError
 from diffward.files import atomic_folder
-from diffward.models.adapters import Adapter, MergedAdapter, PeftAdapter
+from diffward.models.adapters import Adapter, MergedAdapter, PeftAdapter, SwappedWeights
 
 if TYPE_CHECKING:
     from diffward.lora import LoraWeights
@@ -157,6 +158,21 @@ class Denoiser:
         self.detach()
         self._adapter = MergedAdapter(self.components(), weights.resolve(self.module_shapes()))
 
+    def attach_model(self, weights: Mapping[str, Tensor], where: str) -> SwappedWeights:
+        """Put a model of the same architecture on the base, in the base's place while the adapter is on.
+
+        Args:
+            weights: tensors by full name with component prefix, each asked for once. A component of which there
+                is none stays the base's.
+            where: what to call it in errors.
+
+        Raises:
+            InputError: another architecture, a tensor is not finite, or all are the base's.
+        """
+        self.detach()
+        self._adapter = adapter = SwappedWeights(self.components(), weights, where)
+        return adapter
+
     def inject(
         self,
         rank: int,
@@ -204,7 +220,10 @@ class Denoiser:
         return self._adapter is not None and "text_encoder" in self._adapter.touched
 
     def save_pipeline(self, folder: Path) -> None:
-        """Write the base as it now is (after full fine-tuning) as a diffusers folder."""
+        """Write the base as it now is (after full fine-tuning) as a diffusers folder.
+
+        diffusers writes into it from where the parts were loaded, a path of this machine: that is left out.
+        """
         from diffusers import StableDiffusionPipeline
 
         pipeline = StableDiffusionPipeline(
@@ -213,6 +232,10 @@ class Denoiser:
         )  # fmt: skip
         with atomic_folder(folder) as temporary:
             pipeline.save_pretrained(temporary)
+            for file in temporary.glob("*/config.json"):
+                config = json.loads(file.read_text("utf-8"))
+                if config.pop("_name_or_path", None) is not None:
+                    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
     @property
     def vae_batch(self) -> int:

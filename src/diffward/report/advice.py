@@ -69,7 +69,7 @@ def _stop_earlier(found: Membership) -> str:
     if exposure is None:
         return (
             "Stop earlier: train again with a tenth of the passes over each picture, or with a "
-            "lower learning rate. Long training on few pictures is what makes a LoRA remember them."
+            "lower learning rate. Long training on few pictures is what makes a model remember them."
         )
     passes = exposure["passes"]
     if passes < FEW_PASSES:

@@ -15,7 +15,7 @@ from diffward.files import write_json, write_text
 from diffward.membership.statistics import p_values
 from diffward.report.advice import training_methods
 from diffward.report.html import render_report
-from diffward.report.schema import SCHEMA, Leak, Membership, Question, Subject
+from diffward.report.schema import FULL_MODEL, SCHEMA, Leak, Membership, Question, Subject
 from diffward.report.verdict import (
     best_attack,
     membership_level,
@@ -50,7 +50,8 @@ def build_report(
 ) -> dict[str, Any]:
     """The report as plain JSON values; keeps `schema.validate_report`.
 
-    subject     keys of `schema.Subject`, others are dropped (an `inspect --json` dict will do)
+    subject     keys of `schema.Subject`, others are dropped (an `inspect --json` dict will do); of a full model
+                also `folder`, whether it is one
     leaks       [{key, reveals, category?}], as `inspect` finds them
     membership  keys of `schema.Membership` but `best` and `per_image`; `attacks` is {NAME:
                 {**statistics.summarise(...), p_value, p_holm, access, queries_per_image, controls}},
@@ -60,7 +61,10 @@ def build_report(
     questions   further answers (identity, copies, ...), as `schema.Question`
     """
     plain_leaks: list[Leak] = plain(list(leaks))
-    answers = [metadata_question(plain_leaks)]
+    kind = "lora"
+    if subject.get("format") == FULL_MODEL:
+        kind = "folder" if subject.get("folder") else "file"
+    answers = [metadata_question(plain_leaks, kind)]
     found: Membership | None = None
     if membership and membership["attacks"]:
         found = _membership(membership)
@@ -73,7 +77,7 @@ def build_report(
     return {
         "schema": SCHEMA,
         "subject": plain({key: subject.get(key) for key in Subject.__annotations__}),
-        "overall": overall(answers),
+        "overall": overall(answers, kind),
         "questions": answers,
         "leaks": plain_leaks,
         "membership": found,

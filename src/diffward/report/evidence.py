@@ -142,7 +142,7 @@ def passes_words(exposure: Exposure) -> str:
     words = f"Training saw each picture about {count_words(passes)} times, says {source}; "
     if passes < MANY_PASSES:
         return words + "ten can be enough to tell, and the more often, the more is remembered."
-    return words + "so many usually make a LoRA remember single pictures."
+    return words + "so many usually make a model remember single pictures."
 
 
 def together_words(found: DatasetInference) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,9 @@ import numpy as np
 
 from diffward.data import Pictures
 from diffward.errors import InputError
-from diffward.lora import open_lora
 from diffward.report.build import PerImage
 from diffward.report.sides import Sides
+from diffward.report.subject import Audited, open_audited
 
 if TYPE_CHECKING:
     from diffward.lora import LoraWeights
@@ -71,15 +70,15 @@ class AuditOptions:
 
 
 def audit_membership(
-    denoiser: Denoiser, file: str | Path, sides: Sides, options: AuditOptions
+    denoiser: Denoiser, file: str | Path | Audited, sides: Sides, options: AuditOptions
 ) -> tuple[dict[str, Any], PerImage]:
     """The `membership` part of the report and the scores of the pictures.
 
     Raises:
-        InputError: the LoRA is for another base, or canaries are asked for on a split without coins.
+        InputError: the file is for another base, or canaries are asked for on a split without coins.
     """
     from diffward.membership.bank import Pairs, build_bank
-    from diffward.membership.evaluate import chosen_attacks, run_attacks
+    from diffward.membership.evaluate import chosen_attacks, run_attacks, wants_factors
     from diffward.models.features import encode_pictures
 
     entries = chosen_attacks(options.attacks)
@@ -91,9 +90,9 @@ def audit_membership(
             )
         if CANARY_ATTACK not in {e.name for e in entries}:
             entries += chosen_attacks(CANARY_ATTACK)
-    opened = open_lora(file)
-    weights = opened.load()
-    denoiser.attach(weights)
+    given = isinstance(file, str | Path)
+    audited = open_audited(file, shadows=options.shadows) if given else file
+    weights = audited.attach(denoiser)
     pictures = sides.everyone
     features = encode_pictures(denoiser, pictures, cache=options.cache)
     if options.captions == "unknown":
@@ -101,9 +100,10 @@ def audit_membership(
     drawn = Pairs.draw(denoiser, options.pairs, options.seed)
     groups = picture_groups(pictures)
     bank = build_bank(
-        denoiser, features, pictures, sides.is_member, drawn, weights=weights,
-        adapter_id=opened.sha256 if options.cache else None, groups=groups, batch=options.batch, seed=options.seed,
-        shadows=_shadows(denoiser, features, pictures, drawn, weights, groups, options) if options.shadows else None,
+        denoiser, features, pictures, sides.is_member, drawn,
+        weights=weights() if wants_factors(entries) else None, absent=audited.absent,
+        adapter_id=audited.sha256 if options.cache else None, groups=groups, batch=options.batch, seed=options.seed,
+        shadows=_shadows(denoiser, features, pictures, drawn, weights(), groups, options) if options.shadows else None,
     )  # fmt: skip
     blind = blind_check(pictures, sides.is_member, groups, denoiser.resolution, options.seed)
     found = run_attacks(bank, blind, entries=entries, seed=options.seed)
@@ -112,7 +112,7 @@ def audit_membership(
         "skipped": found.skipped,
         "captions": options.captions if any(pictures.captions) else "none",
         "evaluations_per_image": {"made": found.made, "one_by_one": found.alone},
-        "exposure": exposure_of(file),
+        "exposure": audited.exposure(),
         "dataset_inference": _dataset_inference(bank, found.scores, options.seed),
         "epsilon": _epsilon(found.scores, sides) if options.canaries else None,
     }
@@ -146,32 +146,6 @@ def blind_check(
     if min(len(set(groups[is_member])), len(set(groups[~is_member]))) < 2:
         return None
     return blind_control(features, is_member, seed, groups)[1]
-
-
-def exposure_of(file: str | Path) -> dict[str, Any] | None:
-    """{passes, steps, source}: how often the LoRA saw each picture, if something beside it tells.
-
-    `run.json`, which `diffward train` writes beside the file, or the header of kohya's trainer.
-    """
-    path = Path(file)
-    run = (path if path.is_dir() else path.parent) / "run.json"
-    try:
-        told = json.loads(run.read_text(encoding="utf-8"))
-        return {
-            "passes": float(told["passes_per_picture"]),
-            "steps": int(told["steps"]),
-            "source": "run.json",
-        }
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    header = open_lora(file).metadata
-    try:
-        steps = int(header["ss_steps"])
-        shown = steps * int(header.get("ss_total_batch_size") or header["ss_batch_size_per_device"])
-        passes = shown / int(header["ss_num_train_images"])
-        return {"passes": passes, "steps": steps, "source": "header"}
-    except (KeyError, ValueError, ZeroDivisionError, TypeError):
-        return None
 
 
 def _without_captions(denoiser: Denoiser, features: Features) -> Features:

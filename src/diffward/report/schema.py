@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 SCHEMA = "diffward.report/1"
+FULL_MODEL = "full model"  # the `format` of a subject that is no LoRA
 QUESTIONS = ("metadata", "membership", "identity", "copies", "prompt", "dataset_size")
 
 Level = Literal["none_shown", "low", "medium", "high", "critical"]
@@ -19,15 +20,19 @@ LEVELS: tuple[Level, ...] = ("none_shown", "low", "medium", "high", "critical")
 
 
 class Subject(TypedDict):
-    """The audited file."""
+    """The audited file.
+
+    Of a full model `modules` and `parameters` count the tensors that are not the base's, and are null where no
+    base was given to compare with; it has no rank.
+    """
 
     path: str
     sha256: str | None
     format: str
     base_family: str
     rank: int | list[int] | None
-    modules: int
-    parameters: int
+    modules: int | None
+    parameters: int | None
 
 
 class Leak(TypedDict):

@@ -65,6 +65,12 @@ LEAK_LEVELS: dict[str, Level] = {
     "names": "medium",
 }
 FEW = 20
+# What is read for the metadata of a LoRA, a full model in one file, and one in a folder.
+HEADERS = {
+    "lora": "The file's header",
+    "file": "The file's header",
+    "folder": "The model's folder",
+}
 
 BUDGET = "none shown by these attacks within this budget"
 NO_CLAIM = "No claim about membership can be made"
@@ -80,9 +86,9 @@ _HEADLINES: dict[tuple[str, Level], str] = {
     ("membership", "high"): "This file largely gives away which pictures it was trained on.",
     ("membership", "medium"): "This file partly gives away which pictures it was trained on.",
     ("membership", "low"): "This file hints at which pictures it was trained on.",
-    ("metadata", "high"): "The file's header spells out details of the training data.",
-    ("metadata", "medium"): "The file's header names folders, paths or people.",
-    ("metadata", "low"): "The file's header tells minor details of the training.",
+    ("metadata", "high"): "{header} spells out details of the training data.",
+    ("metadata", "medium"): "{header} names folders, paths or people.",
+    ("metadata", "low"): "{header} tells minor details of the training.",
 }
 
 
@@ -91,13 +97,16 @@ def rank(level: Level | None) -> int:
     return -1 if level is None else LEVELS.index(level)
 
 
-def metadata_question(leaks: Sequence[Leak]) -> Question:
-    """What the header alone gives away."""
+def metadata_question(leaks: Sequence[Leak], subject: str = "lora") -> Question:
+    """What the header alone gives away; `subject` is a key of `HEADERS`."""
     if not leaks:
         return _question(
             "metadata",
             "none_shown",
-            "Header: nothing found that tells of the training data.",
+            "A model's folder has no training header. In its configuration and in the headers of its weights "
+            "nothing was found that tells of the training data."
+            if subject == "folder"
+            else "Header: nothing found that tells of the training data.",
             statistic="entries",
             value=0.0,
         )
@@ -107,12 +116,16 @@ def metadata_question(leaks: Sequence[Leak]) -> Question:
     return _question(
         "metadata",
         level,
-        f"The file's header carries {count} that anyone can read without tools "
+        f"{HEADERS[subject]} carries {count} that anyone can read without tools "
         f"({', '.join(kinds)}).",
         statistic="entries",
         value=float(len(leaks)),
         evidence=[f"{leak['key']}: {leak['reveals']}" for leak in leaks],
-        advice=["Remove these entries before sharing: diffward scrub FILE --out CLEAN.safetensors"],
+        advice=[
+            "Remove these entries before sharing: diffward scrub FILE --out CLEAN.safetensors"
+            if subject == "lora"
+            else "Remove these entries before sharing, by hand: diffward scrub cleans LoRAs only."
+        ],
     )
 
 
@@ -282,10 +295,10 @@ def not_run_question(skipped: Mapping[str, str]) -> Question:
     )
 
 
-def overall(questions: Sequence[Question]) -> Overall:
+def overall(questions: Sequence[Question], subject: str = "lora") -> Overall:
     """The worst question. A refused question makes the whole "partial", or "refused" if all are.
 
-    What was refused, and why, comes first in the headline.
+    What was refused, and why, comes first in the headline. `subject` is a key of `HEADERS`.
     """
     made = [question for question in questions if question["level"] is not None]
     refused = [question for question in questions if question["claim"] == "refused"]
@@ -302,9 +315,11 @@ def overall(questions: Sequence[Question]) -> Overall:
         headline = f"Leaks: {BUDGET}."
     else:
         headline = _HEADLINES.get((worst["id"], level), worst["statement"])
+        if worst["id"] == "metadata":
+            headline = headline.format(header=HEADERS[subject])
         header = next((q for q in made if q["id"] == "metadata"), worst)
         if header is not worst and rank(header["level"]) > 0:
-            headline += " Its header tells of the training data, too."
+            headline += f" {HEADERS[subject]} tells of the training data, too."
     if refused:
         headline = f"{whys} {'Nothing else was found.' if level == 'none_shown' else headline}"
     return {"level": level, "claim": "partial" if refused else "made", "headline": headline}

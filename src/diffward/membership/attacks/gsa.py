@@ -3,7 +3,8 @@
 After Pang et al. 2025: squared gradient norms by layer at several timesteps, and a classifier on
 them. Three differences:
 
-- Gradients are along the LoRA's factors: the weights which training moved.
+- Gradients are along the LoRA's factors: the weights which training moved. Of a full model they are along the
+  best 16 of the change of each matrix (`factors.change_factors`).
 - The paper trains XGBoost on shadow models, with a feature a layer. Here a logistic regression is
   cross-fitted on the audited model's own labelled pictures, on 12 features; a few hundred pictures
   do not bear more. CopyMark (arXiv 2410.03640) found such classifiers perfect on their training

@@ -1,0 +1,204 @@
+"""The tables of guarding: the published loop does what its description says, memory is counted right, quick runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """`bench("mask_speed")`: a module of bench/."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(ROOT)
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+@pytest.fixture
+def published(bench: Any, tiny_denoiser: Any, pictures: Any) -> Callable[[], Any]:
+    """Loops that are alike, each over a UNet of its own."""
+
+    def make() -> Any:
+        base = tiny_denoiser()
+        g = torch.Generator().manual_seed(1)
+        tuned = {
+            name: p + 0.01 * torch.randn(p.shape, generator=g)
+            for name, p in base.unet.named_parameters()
+        }
+        flags = torch.arange(len(pictures)) < 3
+        return bench("_published_mask").PublishedMask(
+            base, pictures.pixels(base.resolution), pictures.captions, flags, tuned, batch=4, seed=0
+        )
+
+    return make
+
+
+def gradients(loop: Any, weigh: Callable[..., Any]) -> list[Any]:
+    """Of the next batch's loss, by autograd alone."""
+    torch.manual_seed(5)  # the autoencoder's draw
+    loss = weigh(*loop.errors())
+    return list(torch.autograd.grad(loss, list(loop.unet.parameters())))
+
+
+def test_published_mask_step(bench: Any, published: Any) -> None:
+    loop, twin, module = published(), published(), bench("_published_mask")
+    pre = [p.detach() + (1 - m) * d for p, m, d in _state(loop)]
+    before = loop.x.detach().clone().double()
+
+    def mixed(each: Any, flag: Any) -> Any:
+        there, other = flag.bool(), ~flag.bool()
+        assert there.any() and other.any()
+        return (each[other].mean() - each[there].mean()) / 2
+
+    found = gradients(twin, mixed)
+    torch.manual_seed(5)
+    loop.mask_step()
+    m = torch.sigmoid(before / module.TEMPERATURE)
+    inner = torch.tensor(
+        [float((d.double() * g).sum()) for d, g in zip(twin.d, found, strict=True)]
+    )
+    slope = m * (1 - m) / module.TEMPERATURE
+    penalty = module.SPARSITY * 2 * (m.mean() - module.RATIO) / len(m)
+    wanted = before - slope * (module.MASK_LR * inner + penalty)
+    assert torch.allclose(loop.x.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert (loop.x - before).abs().max() > 0.1
+    # theta went along: theta_pre = theta + (1 - m) d, whatever m is.
+    for was, (p, now, d) in zip(pre, _state(loop), strict=True):
+        assert torch.allclose(p + (1 - now) * d, was, atol=1e-5)
+    assert all(p.grad is None for p in loop.unet.parameters())
+
+
+def test_published_user_step(bench: Any, published: Any) -> None:
+    loop, twin, module = published(), published(), bench("_published_mask")
+    theta = [p.detach().clone() for p in loop.unet.parameters()]
+    pre = [p.detach() + (1 - m) * d for p, m, d in _state(loop)]
+    found = gradients(twin, lambda each, _: each.mean())
+    lr = module.USER_LR
+    torch.manual_seed(5)
+    loop.user_step()
+    for was, g, (p, m, d), old in zip(theta, found, _state(loop), twin.d, strict=True):
+        assert torch.allclose(p - was, -lr * (1 - m) ** 2 * g, rtol=0.05, atol=2e-7)
+        assert torch.allclose(old - d, -lr * (1 - m) * g, rtol=0.05, atol=2e-8)
+    for was, (p, m, d) in zip(pre, _state(loop), strict=True):
+        assert torch.allclose(p + (1 - m) * d, was, atol=1e-5)  # theta_pre never moves
+
+
+def _state(loop: Any) -> list[Any]:
+    mask = torch.sigmoid(loop.x.detach() / 0.2)
+    return list(zip(loop.unet.parameters(), mask, loop.d, strict=True))
+
+
+def test_ledger_counts_weights_alone(bench: Any, tmp_path: Path) -> None:
+    from diffward.guard.stored import Stored
+
+    module = bench("_ledger")
+    weight, bias = torch.randn(64, 32), torch.randn(64)
+    whole = weight.nbytes + bias.nbytes
+    stored = Stored.write(tmp_path / "w.safetensors", {"w": weight})
+    ranges = [part for part, _ in module.mappings(stored.path)]
+    ledger = module.Ledger([weight, bias], [weight, bias], ranges)
+    assert ledger.now == whole
+    with ledger:
+        activation = weight.new_ones(7, 64) * 2
+        assert ledger.now == whole
+        gradient = weight * 3
+        view = gradient.t().reshape(32, 64)[:5]
+        assert ledger.now == whole + weight.nbytes
+        with ledger.updating():
+            many = torch.zeros(1000)  # of no weight's shape
+        assert ledger.now == whole + weight.nbytes + many.nbytes
+        del many, gradient
+        assert ledger.now == whole + weight.nbytes  # the view holds it
+        del view
+        assert ledger.now == whole
+        with ledger.updating():
+            read = stored["w"].flatten()
+            assert ledger.now == whole + (0 if ranges else weight.nbytes)
+    assert ledger.peak == whole + weight.nbytes + 4000
+    assert activation.shape == (7, 64) and read.numel() == weight.numel()
+
+
+def test_reading_a_file_of_weights_takes_no_private_memory(bench: Any, tmp_path: Path) -> None:
+    from diffward.guard.stored import Stored
+
+    module = bench("_ledger")
+    stored = Stored.write(tmp_path / "w.safetensors", {"w": torch.randn(512, 512)})
+    if not module.mappings(stored.path):
+        pytest.skip("the system does not tell what it maps")
+    weight = stored["w"]
+    assert float(weight.sum()) and sum(own for _, own in module.mappings(stored.path)) == 0
+    weight.add_(1)  # whoever writes pays
+    assert sum(own for _, own in module.mappings(stored.path)) >= weight.nbytes
+
+
+def test_masks_of_the_cost_table(bench: Any, denoiser: Any) -> None:
+    from diffward.guard.cost import training_costs
+    from diffward.guard.stored import parameters_of
+
+    module = bench("freeze_cost")
+    own = parameters_of(denoiser.unet)
+    names, total = list(own), sum(p.numel() for p in own.values())
+    order = dict(zip(names, module.order_of_use(denoiser).tolist(), strict=True))
+    assert order["conv_out.weight"] == max(order.values())
+    assert order["time_embedding.linear_1.weight"] < order["conv_in.bias"] < order["conv_norm_out.weight"]  # fmt: skip
+    early = module.frozen_by(module.Case(0.3, mask="early"), denoiser).tolist()
+    assert sum(early) == round(0.3 * len(names))
+    frozen = [order[n] for n, one in zip(names, early, strict=True) if one]
+    assert max(frozen) <= min(order[n] for n, one in zip(names, early, strict=True) if not one)
+    costs = training_costs(denoiser)
+    costly = module.frozen_by(module.Case(0.3, mask="costly"), denoiser)
+    assert costs[costly].min() >= costs[~costly].max()
+    by = module.frozen_by(module.Case(0.3, "parameters"), denoiser).tolist()
+    assert sum(own[n].numel() for n, one in zip(names, by, strict=True) if one) <= 0.3 * total
+    assert not module.frozen_by(module.FREE, denoiser).any()
+
+
+@pytest.mark.slow
+def test_mask_speed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _quick(bench("mask_speed"), "mask-speed", monkeypatch)
+    found = {row["user_optimizer"]: row for row in rows}
+    assert set(found) == {"factored", "adamw"}
+    for row in rows:
+        assert (row["tensors"], row["parameters"], row["batch"]) == (686, 8_605_284, 16)
+        assert 0 < row["time_ratio_range"][0] <= row["time_ratio"] <= row["time_ratio_range"][1]
+        assert row["base_private"] in (0, None)
+        assert 3 < row["published_copies"] < 3.3  # theta, d, all gradients
+    assert 2 < found["factored"]["copies_at_peak"] <= 2.3
+    assert 4 < found["adamw"]["copies_at_peak"] < 4.3  # two moments
+
+
+@pytest.mark.slow
+def test_freeze_cost(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, *rows = _quick(bench("freeze_cost"), "freeze-cost", monkeypatch)
+    assert (free["rho"], free["memory_ratio"], free["time_ratio"]) == (0, 1, 1)
+    masks = {row["mask"]: row for row in rows if "mask" in row}
+    assert set(masks) == {"random", "costly", "early"}
+    keys = {"rho", "by", "parameter_share", "memory_ratio", "time_ratio", "mask"}
+    for row in masks.values():
+        assert keys <= row.keys()
+        assert row["tensor_share"] == pytest.approx(0.3, abs=1e-3)
+        assert 0 < row["memory_ratio"] < 1
+    assert masks["costly"]["parameter_share"] > masks["random"]["parameter_share"]
+    assert masks["costly"]["memory_ratio"] < masks["random"]["memory_ratio"]
+    assert [row["stage"] for row in rows if "stage" in row] == ["tune", "update"]
+    assert all(row["fits_24_gib"] for row in rows if "stage" in row)
+
+
+def _quick(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The rows that a quick run hands to `record`."""
+    told: list[dict[str, Any]] = []
+
+    def record(title: str, rows: list[dict[str, Any]], **options: Any) -> None:
+        assert (title, options["quick"]) == (name, True)
+        told.extend(rows)
+
+    monkeypatch.setattr(module, "record", record)
+    module.run(quick=True)
+    return told
