@@ -90,9 +90,7 @@ class PublishedMask:
             (sparse,) = torch.autograd.grad(penalty, self.x)
             for i, p in enumerate(self.unet.parameters()):
                 assert p.grad is not None
-                before = torch.sigmoid(
-                    self.x[i] / TEMPERATURE
-                )  # through autograd, tensor by tensor
+                before = torch.sigmoid(self.x[i] / TEMPERATURE)  # autograd follows each index
                 kept = copy.deepcopy(before.detach())
                 slope = kept * (1 - kept) / TEMPERATURE
                 inner = (self.d[i] * p.grad).sum()

@@ -38,11 +38,10 @@ if TYPE_CHECKING:
 SEED, LR = 0, 1e-5
 SD15, SMALL = "sd15", "small"
 OPTIMIZER = "factored"  # of the simulated user
+MASKS = "random", "costly", "early"
 WARM, STEPS = 1, 2
-LIMIT_MB = 24 * 2**30 / 1e6
-
-
 LATENT, BATCH = {SD15: 16, SMALL: 8}, 2
+LIMIT_MB = 24 * 2**30 / 1e6
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,9 @@ FREE = Case(0.0, mask="none")
 CASES = (
     *(Case(rho) for rho in (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.8)),
     *(Case(rho, mask=mask) for mask in ("costly", "early") for rho in (0.1, 0.2, 0.3, 0.4, 0.8)),
-    *(
-        Case(0.3, by, mask)
-        for by in ("parameters", "cost")
-        for mask in ("random", "costly", "early")
-    ),
+    *(Case(0.3, by, mask) for by in ("parameters", "cost") for mask in MASKS),
 )
-QUICK = (Case(0.3), Case(0.3, mask="costly"), Case(0.3, mask="early"))
+QUICK = tuple(Case(0.3, mask=mask) for mask in MASKS)
 
 
 def run(quick: bool = False) -> None:
@@ -73,8 +68,9 @@ def run(quick: bool = False) -> None:
     record("freeze-cost", rows, seeds=[SEED], quick=quick, notes=[
         f"full fine-tuning, AdamW, fp32, one thread, batch {BATCH}, latents {LATENT[base]} x {LATENT[base]}, "
         f"random weights; each row a process of its own, {STEPS} steps after {WARM} that is not counted",
-        "rho: share frozen, of what `by` says (cost: of what training all tensors costs); mask: random; costly: the tensors whose training costs most; early: "
-        "the first that a forward pass uses; tensor_share, parameter_share: what is frozen",
+        "rho: share frozen, of what `by` says (cost: of what training all tensors costs); mask: random; costly: "
+        "the tensors whose training costs most; early: the first that a forward pass uses; tensor_share, parameter_share: "
+        "what is frozen",
         "memory_mb: peak resident memory of the process, interpreter, autoencoder and text encoder included; seconds: "
         "processor seconds of a step; ratios: to rho = 0, which is measured first and last and averaged",
         "learn: the simulated user's optimizer; theta_ft and one update of the mask with interval 1. tune: the process "
@@ -284,7 +280,7 @@ def main() -> None:
         one.add_argument("base", choices=list(LATENT))
     training.add_argument("rho", type=float)
     training.add_argument("by", choices=["tensors", "parameters", "cost"])
-    training.add_argument("mask", choices=["none", "random", "costly", "early"])
+    training.add_argument("mask", choices=["none", *MASKS])
     learn.add_argument("folder", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -32,7 +32,7 @@ from diffward.guard.eyes import open_eye
 from diffward.metrics.shares import contrast_over_runs, share_over_runs
 
 SEEDS = (1, 2, 3)
-SHARES = (0.01, 0.05, 0.1, 0.2, 0.4, 0.8)
+SHARES = (0.01, 0.1, 0.8, 0.2, 0.05, 0.4)
 MAIN = ("random", "freeze", "uce", "imma", "freeze+uce")
 OTHERS = ("lora", "lora-kept", "dreambooth", "unfreeze")
 NOTES = (
@@ -88,16 +88,19 @@ def units() -> Iterator[Unit]:
         yield Unit("1", seed, ("random", "freeze"))
     for seed in SEEDS:
         yield Unit("1", seed, (HARD,))
+    edits = ("uce", "imma", "freeze+uce")
+    yield Unit("1", SEEDS[0], edits)
     for share in SHARES:
         yield Unit("2", SEEDS[0], ("random", "freeze"), share=share)
-    for seed in SEEDS:
-        yield Unit("1", seed, ("uce", "imma", "freeze+uce"))
+    yield Unit("1", SEEDS[0], MAIN, ("lora", "lora-kept", "unfreeze"))
     yield Unit("5", SEEDS[0], ("random", "freeze"), innocent="sketched logos")
     for subjects in (2, 10):
         yield Unit("4", SEEDS[0], ("random", "freeze"), subjects=subjects)
-    for seed in SEEDS:
-        yield Unit("1", seed, MAIN, ("lora", "lora-kept", "unfreeze"))
+    for seed in SEEDS[1:]:
+        yield Unit("1", seed, edits)
     yield Unit("1, longer", SEEDS[0], ("random", "freeze"), steps=300)
+    for seed in SEEDS[1:]:
+        yield Unit("1", seed, MAIN, ("lora", "lora-kept", "unfreeze"))
     yield Unit("1", SEEDS[0], ("blocks", "fisher", "first-order", "magnitude"))
     if (WORK / "bases" / "v_prediction").is_dir():
         yield Unit("6", SEEDS[0], ("random", "freeze"), base=str(WORK / "bases" / "v_prediction"))

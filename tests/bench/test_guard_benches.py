@@ -47,8 +47,9 @@ def gradients(loop: Any, weigh: Callable[..., Any]) -> list[Any]:
     return list(torch.autograd.grad(loss, list(loop.unet.parameters())))
 
 
-def test_published_mask_step(bench: Any, published: Any) -> None:
+def test_published_mask_step(bench: Any, published: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loop, twin, module = published(), published(), bench("_published_mask")
+    monkeypatch.setattr(module, "MASK_LR", 1e4)  # or the penalty hides what the data do
     pre = [p.detach() + (1 - m) * d for p, m, d in _state(loop)]
     before = loop.x.detach().clone().double()
 
@@ -66,17 +67,19 @@ def test_published_mask_step(bench: Any, published: Any) -> None:
     )
     slope = m * (1 - m) / module.TEMPERATURE
     penalty = module.SPARSITY * 2 * (m.mean() - module.RATIO) / len(m)
-    wanted = before - slope * (module.MASK_LR * inner + penalty)
-    assert torch.allclose(loop.x.double(), wanted, rtol=1e-4, atol=1e-4)
-    assert (loop.x - before).abs().max() > 0.1
+    moved = slope * module.MASK_LR * inner
+    assert moved.abs().max() > 0.1
+    wanted = before - moved - slope * penalty
+    assert torch.allclose(loop.x.double(), wanted, rtol=1e-3, atol=1e-3)  # 1e-5 in the means
     # theta went along: theta_pre = theta + (1 - m) d, whatever m is.
     for was, (p, now, d) in zip(pre, _state(loop), strict=True):
         assert torch.allclose(p + (1 - now) * d, was, atol=1e-5)
     assert all(p.grad is None for p in loop.unet.parameters())
 
 
-def test_published_user_step(bench: Any, published: Any) -> None:
+def test_published_user_step(bench: Any, published: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loop, twin, module = published(), published(), bench("_published_mask")
+    monkeypatch.setattr(module, "USER_LR", 1.0)  # at 1e-5 a step is near rounding
     theta = [p.detach().clone() for p in loop.unet.parameters()]
     pre = [p.detach() + (1 - m) * d for p, m, d in _state(loop)]
     found = gradients(twin, lambda each, _: each.mean())
@@ -84,8 +87,9 @@ def test_published_user_step(bench: Any, published: Any) -> None:
     torch.manual_seed(5)
     loop.user_step()
     for was, g, (p, m, d), old in zip(theta, found, _state(loop), twin.d, strict=True):
-        assert torch.allclose(p - was, -lr * (1 - m) ** 2 * g, rtol=0.05, atol=2e-7)
-        assert torch.allclose(old - d, -lr * (1 - m) * g, rtol=0.05, atol=2e-8)
+        assert torch.allclose(p - was, -lr * (1 - m) ** 2 * g, rtol=1e-3, atol=1e-6)
+        assert torch.allclose(old - d, lr * -(1 - m) * g, rtol=1e-3, atol=1e-6)
+    assert max(float((p.detach() - was).abs().max()) for p, was in zip(loop.unet.parameters(), theta, strict=True)) > 1e-3  # fmt: skip
     for was, (p, m, d) in zip(pre, _state(loop), strict=True):
         assert torch.allclose(p + (1 - m) * d, was, atol=1e-5)  # theta_pre never moves
 

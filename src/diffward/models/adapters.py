@@ -97,9 +97,10 @@ class SwappedWeights:
             for prefix, component in components.items()
             for name, parameter in component.named_parameters()
         }
-        self.given = {name.split(".")[0] for name in weights}
-        self._check_names(own, set(weights), where)
-        for name in weights:
+        names = set(weights)
+        self.given = {name.split(".")[0] for name in names}
+        self._check_names(own, names, where)
+        for name in (name for name in own if name in names):
             parameter, base, tensor = own[name], own[name].data, weights[name]
             if tensor.shape != base.shape:
                 raise InputError(

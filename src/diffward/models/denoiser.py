@@ -186,9 +186,7 @@ class Denoiser:
         """Put a new, trainable LoRA on the base, through PEFT; on none of the UNet's modules `exclude`."""
         self.detach()
         components = self.components() if text_encoder else {"unet": self.unet}
-        self._adapter = adapter = PeftAdapter(
-            components, rank, alpha, targets, init, exclude
-        )
+        self._adapter = adapter = PeftAdapter(components, rank, alpha, targets, init, exclude)
         return adapter
 
     def detach(self) -> None:

@@ -144,8 +144,8 @@ def _folder(path: Path, wanted: Shapes) -> Saved:
         for variant, found in files.items():
             label = kind if variant == main else f"{kind} {variant}".strip()
             model.copies[label] = _under_names([open_source(f) for f in found], wanted, str(folder))
-    if files := main_files(path / "text_encoder"):
-        model.text = _text([open_source(f) for f in files], ("",), str(path))
+    if text := main_files(path / "text_encoder"):
+        model.text = _text([open_source(f) for f in text], ("",), str(path))
     return model
 
 

@@ -90,8 +90,11 @@ def audit_membership(
             )
         if CANARY_ATTACK not in {e.name for e in entries}:
             entries += chosen_attacks(CANARY_ATTACK)
-    given = isinstance(file, str | Path)
-    audited = open_audited(file, shadows=options.shadows) if given else file
+    audited: Audited
+    if isinstance(file, str | Path):
+        audited = open_audited(file, shadows=options.shadows)
+    else:
+        audited = file
     weights = audited.attach(denoiser)
     pictures = sides.everyone
     features = encode_pictures(denoiser, pictures, cache=options.cache)

@@ -112,6 +112,7 @@ class AuditedModel:
             places.append(self.path.parent.parent)
         return exposure_of([place / "run.json" for place in places], "full", self.metadata)
 
+
 Audited = AuditedLora | AuditedModel
 
 
@@ -133,9 +134,7 @@ def open_audited(path: str | Path, *, shadows: int = 0) -> Audited:
     return AuditedModel(model)
 
 
-def exposure_of(
-    runs: list[Path], tune: str, metadata: Mapping[str, str]
-) -> dict[str, Any] | None:
+def exposure_of(runs: list[Path], tune: str, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """{passes, steps, source}: how often training saw each picture, if something tells.
 
     Args:
