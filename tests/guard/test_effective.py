@@ -98,18 +98,31 @@ def test_the_users_step_is_the_papers(made: Any) -> None:
         assert torch.allclose(p, before[name] + (1 - share) * step, atol=1e-6)
 
 
-def test_no_gradient_is_kept(made: Any) -> None:
+def test_no_gradient_of_a_matrix_is_kept(made: Any) -> None:
     net, base, tuned, m, x = made
-    effective, most = Effective(net, base, tuned, m, SGD(), 0.1), 0
+    effective = Effective(net, base, tuned, m, SGD(), 0.1)
+    matrices = [p for p in net.parameters() if p.ndim > 1]
     held: list[int] = []
     with effective:
-        for p in net.parameters():
+        for p in matrices:
             # Runs after the effective weights' own hook: by then each gradient must be gone.
             p.register_post_accumulate_grad_hook(
-                lambda _: held.append(sum(q.grad is not None for q in net.parameters()))
+                lambda _: held.append(sum(q.grad is not None for q in matrices))
             )
         effective.backward(loss_of(net, x))
-    assert len(held) == len(base) and max(held) == most
+    assert len(held) == len(matrices) and max(held) == 0
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "factored", "sgd"])
+def test_vectors_move_together_as_each_would_alone(name: str) -> None:
+    torch.manual_seed(5)
+    sizes, alone, together = [3, 1, 7], make_optimizer(name), make_optimizer(name)
+    for _ in range(4):
+        gradients = [torch.randn(n) * 10.0**-i for i, n in enumerate(sizes)]
+        truth = [alone.change(str(i), g) for i, g in enumerate(gradients)]
+        found = together.change("all", torch.cat(gradients), sizes)
+        assert torch.allclose(found, torch.cat(truth), atol=1e-6)
 
 
 def test_adamw_is_torchs(made: Any) -> None:

@@ -114,7 +114,7 @@ def run_bilevel(subject: Subject, upper: Bilevel) -> Found:
         simulation = Simulation(subject, effective)
         with effective, progress("learn", settings.updates, done) as bar:
             while done < settings.updates:
-                losses = _one_update(simulation, upper, done)
+                losses = one_update(simulation, upper, done)
                 effective.set_mask(upper.mask())
                 done += 1
                 bar.advance(f"loss illegal {losses[0]:.4f}, innocent {losses[1]:.4f}")
@@ -129,7 +129,7 @@ def run_bilevel(subject: Subject, upper: Bilevel) -> Found:
     )
 
 
-def _one_update(simulation: Simulation, upper: Bilevel, done: int) -> list[float]:
+def one_update(simulation: Simulation, upper: Bilevel, done: int) -> list[float]:
     """`interval` steps of the user, each of them read, then one of the mask; gives the mean losses."""
     count = simulation.subject.settings.interval
     # The published order: a mask step reads a mixed batch without moving, then the user moves unread.

@@ -2,7 +2,9 @@
 
 theta = theta_ft + m (theta_pre - theta_ft), one m a tensor (FreezeAsGuard, eq. 5). The UNet holds theta,
 theta_ft lies in memory and theta_pre in a file: two copies of the weights. A gradient is used as it
-arrives, for the mask and for the user's step, and freed; there is never a copy of all gradients.
+arrives, for the mask and for the user's step, and freed; there is never a copy of all gradients. Only those of
+vectors (norms, biases: a thousandth of the weights, and most of the tensors) wait for one another, and are
+dealt with as one.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 
 from diffward.guard.stored import parameters_of
 from diffward.guard.user import Optimizer
+
+_VECTORS = "vectors"  # what they are called by the user's optimizer
 
 
 class Effective:
@@ -31,7 +35,11 @@ class Effective:
     ) -> None:  # fmt: skip
         self.parameters = parameters_of(unet)
         self.base, self.user, self.lr = base, user, lr
-        self.tuned = {n: tuned[n].to(p.device).clone() for n, p in self.parameters.items()}
+        vectors = [name for name, p in self.parameters.items() if p.ndim == 1]
+        own = {n: tuned[n].to(p.device) for n, p in self.parameters.items()}
+        self._vectors = _Vectors(vectors, base, own)
+        parts = self._vectors.parts(self._vectors.tuned)
+        self.tuned = {n: parts[n] if n in parts else t.clone() for n, t in own.items()}
         self.moving = True
         self._products: dict[str, Tensor] = {}
         self._handles: list[Any] = []
@@ -41,17 +49,16 @@ class Effective:
     def set_mask(self, mask: Tensor) -> None:
         """Recompute theta; nothing is accumulated."""
         self.mask = mask.double()
-        for m, (name, parameter) in zip(self.mask.tolist(), self.parameters.items(), strict=True):
-            torch.lerp(self.tuned[name], self.base[name], m, out=parameter.data)
+        self._m = dict(zip(self.parameters, self.mask.tolist(), strict=True))
+        for name, parameter in self.parameters.items():
+            torch.lerp(self.tuned[name], self.base[name], self._m[name], out=parameter.data)
 
     def __enter__(self) -> Effective:
-        for (name, parameter), m in zip(
-            self.parameters.items(), range(len(self.parameters)), strict=True
-        ):
+        for name, parameter in self.parameters.items():
             parameter.requires_grad_(True)
-            self._handles.append(
-                parameter.register_post_accumulate_grad_hook(self._arrives(name, m))
-            )
+            if parameter.ndim != 1:
+                hook = parameter.register_post_accumulate_grad_hook(self._arrives(name))
+                self._handles.append(hook)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,24 +77,60 @@ class Effective:
         self.moving = move
         self._products = {}
         loss.backward()
+        self._all_vectors()
         missing = torch.zeros((), dtype=torch.float32, device=loss.device)
         found = [self._products.get(name, missing) for name in self.parameters]
         return torch.stack(found).double().cpu()
 
-    def _arrives(self, name: str, index: int) -> Callable[[nn.Parameter], None]:
+    def _arrives(self, name: str) -> Callable[[nn.Parameter], None]:
         @torch.no_grad()
         def hook(parameter: nn.Parameter) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
             _average(gradient)
-            base, tuned = self.base[name], self.tuned[name]
+            base, tuned, m = self.base[name], self.tuned[name], self._m[name]
             self._products[name] = torch.dot((base - tuned).flatten(), gradient.flatten())
             if self.moving:
-                m = float(self.mask[index])
                 tuned.add_(self.user.change(name, gradient), alpha=self.lr * (1 - m))
                 torch.lerp(tuned, base, m, out=parameter.data)
 
         return hook
+
+    @torch.no_grad()
+    def _all_vectors(self) -> None:
+        """What `_arrives` does, for all vectors at once."""
+        vectors = self._vectors
+        own = [self.parameters[name] for name in vectors.sizes]
+        if not own:
+            return
+        gradient = torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for p in own])
+        for parameter in own:
+            parameter.grad = None
+        _average(gradient)
+        base, tuned = vectors.base, vectors.tuned
+        products = torch.segment_reduce((base - tuned) * gradient, "sum", lengths=vectors.lengths)
+        self._products |= dict(zip(vectors.sizes, products.unbind(), strict=True))
+        if self.moving:
+            m = torch.tensor([self._m[name] for name in vectors.sizes], device=tuned.device)
+            m = m.to(tuned.dtype).repeat_interleave(vectors.lengths)
+            change = self.user.change(_VECTORS, gradient, list(vectors.sizes.values()))
+            tuned.addcmul_(change, 1 - m, value=self.lr)
+            torch._foreach_copy_(own, list(vectors.parts(torch.lerp(tuned, base, m)).values()))
+
+
+class _Vectors:
+    """All one-dimensional tensors as one, theta_pre and theta_ft; `parts` are views of it by name."""
+
+    def __init__(
+        self, names: list[str], base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]
+    ) -> None:
+        self.sizes = {name: len(tuned[name]) for name in names}
+        self.base = torch.cat([base[name] for name in names]) if names else torch.empty(0)
+        self.tuned = torch.cat([tuned[name] for name in names]) if names else torch.empty(0)
+        self.lengths = torch.tensor(list(self.sizes.values()), device=self.tuned.device)
+
+    def parts(self, whole: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.sizes, whole.split(list(self.sizes.values())), strict=True))
 
 
 def _average(gradient: Tensor) -> None:

@@ -19,7 +19,7 @@ class Stored(Mapping[str, Tensor]):
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         self.path = path
         self._file = safe_open(path, framework="pt", device=str(device))
-        self._names = list(self._file.keys())
+        self._names = dict.fromkeys(self._file.keys())
 
     @classmethod
     def write(

@@ -1,10 +1,12 @@
 """The simulated user's optimizers, a tensor at a time, so that a step can be made as a gradient arrives.
 
-`change(name, gradient)` gives what a step of unit length adds to the tensor; the caller scales it.
+`change(name, gradient)` gives what a step of unit length adds to the tensor; the caller scales it. Many vectors may come as one,
+with the sizes of its `parts`: what comes out is what each alone would have given.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +18,7 @@ from diffward.errors import InputError
 class Optimizer(Protocol):
     """`change` gives the step, learning rate left out; `state`/`load` make a run resume."""
 
-    def change(self, name: str, gradient: Tensor) -> Tensor: ...
+    def change(self, name: str, gradient: Tensor, parts: Sequence[int] | None = None) -> Tensor: ...
     def state(self) -> dict[str, Any]: ...
     def load(self, state: dict[str, Any]) -> None: ...
 
@@ -24,7 +26,7 @@ class Optimizer(Protocol):
 class SGD:
     """Plain gradient descent, as the public code has it."""
 
-    def change(self, name: str, gradient: Tensor) -> Tensor:
+    def change(self, name: str, gradient: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         return -gradient
 
     def state(self) -> dict[str, Any]:
@@ -58,7 +60,7 @@ class AdamW(_Moments):
 
     beta1 = 0.9
 
-    def change(self, name: str, gradient: Tensor) -> Tensor:
+    def change(self, name: str, gradient: Tensor, parts: Sequence[int] | None = None) -> Tensor:
         n = self._count(name)
         if name not in self._kept:
             self._kept[name] = [torch.zeros_like(gradient), torch.zeros_like(gradient)]
@@ -75,30 +77,40 @@ class Factored(_Moments):
     Steps of the same size as AdamW's; keeps a row and a column a matrix, next to nothing.
     """
 
-    def change(self, name: str, gradient: Tensor) -> Tensor:
-        n = self._count(name)
+    def change(self, name: str, gradient: Tensor, parts: Sequence[int] | None = None) -> Tensor:
+        left = 1 - self.beta2 ** self._count(name)
         matrix = gradient.reshape(len(gradient), -1) if gradient.ndim > 1 else gradient
-        if name not in self._kept:
-            sides = [0, 1] if matrix.ndim > 1 else [None]
-            self._kept[name] = [
-                torch.zeros_like(matrix if side is None else matrix.select(side, 0))
-                for side in sides
-            ]
         square = matrix * matrix
         if matrix.ndim == 1:
-            (second,) = self._kept[name]
+            (second,) = self._of(name, [square])
             second.lerp_(square, 1 - self.beta2)
-            scale = (second / (1 - self.beta2**n)).sqrt_()
-        else:
-            column, row = self._kept[name]
-            row.lerp_(square.mean(1), 1 - self.beta2)
-            column.lerp_(square.mean(0), 1 - self.beta2)
-            norm = row.mean().clamp_min(torch.finfo(row.dtype).tiny)
-            scale = torch.outer(row / norm, column).div_(1 - self.beta2**n).sqrt_()
+            step = torch.div(matrix, (second / left).sqrt_().add_(self.eps), out=square)
+            sizes = [len(step)] if parts is None else list(parts)
+            longest = _root_means(step, sizes).clamp_min_(1.0)
+            step.div_(longest.repeat_interleave(torch.tensor(sizes, device=step.device)))
+            return step.neg_()
+        column, row = self._of(name, [square[0], square[:, 0]])
+        row.lerp_(square.mean(1), 1 - self.beta2)
+        column.lerp_(square.mean(0), 1 - self.beta2)
+        by_row = (row / row.mean().clamp_min(torch.finfo(row.dtype).tiny)).sqrt_().add_(self.eps)
+        by_column = (column / left).sqrt_().add_(self.eps)
+        step = torch.mul(matrix, by_row.reciprocal_()[:, None], out=square).mul_(
+            by_column.reciprocal_()
+        )
         # One entry of a factored moment may be far too small: no step above 1 root mean square (their d = 1).
-        step = matrix / scale.add_(self.eps)
-        step.div_(step.square().mean().sqrt().clamp_min(1.0)).neg_()
-        return step.view_as(gradient)
+        size = float(torch.linalg.vector_norm(step)) / step.numel() ** 0.5
+        return step.mul_(-1 / max(size, 1.0)).view_as(gradient)
+
+    def _of(self, name: str, like: Sequence[Tensor]) -> list[Tensor]:
+        if name not in self._kept:
+            self._kept[name] = [torch.zeros_like(one) for one in like]
+        return self._kept[name]
+
+
+def _root_means(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Root mean square of each part of values (n,)."""
+    lengths = torch.tensor(sizes, device=values.device)
+    return torch.segment_reduce(values * values, "mean", lengths=lengths).sqrt_()
 
 
 def make_optimizer(name: str) -> Optimizer:
