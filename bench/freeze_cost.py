@@ -55,9 +55,12 @@ class Case:
 
 FREE = Case(0.0, mask="none")
 CASES = (
-    *(Case(rho) for rho in (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.8)),
-    *(Case(rho, mask=mask) for mask in ("costly", "early") for rho in (0.1, 0.2, 0.3, 0.4, 0.8)),
-    *(Case(0.3, by, mask) for by in ("parameters", "cost") for mask in MASKS),
+    *(Case(rho) for rho in (0.3, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8)),
+    *(
+        Case(0.3, by, mask)
+        for by in ("tensors", "parameters", "cost")
+        for mask in ("costly", "early")
+    ),
 )
 QUICK = tuple(Case(0.3, mask=mask) for mask in MASKS)
 
