@@ -299,17 +299,20 @@ def test_pictures_stand_where_they_belong(written):
     found = re.findall(r'<img src="data:image/jpeg;base64,([\w+/=]+)" alt="([^"]+)"', page)
     names = [alt for _, alt in found]
     # By attacker: real pictures (of two subjects) and a row a guard; the allowed domain has four prompts.
-    assert names.count("real pictures, full: Ann") == 1
-    assert len(names) == 4 * 2 + 2 * (1 + 3 + 3 + 3) + 4 * (1 + 3)
+    assert names.count("real pictures, full: Ann 1") == 1
+    assert len(names) == 4 * 6 + 6 * (1 + 3 + 3 + 3) + 4 * (1 + 3)
     for encoded, alt in found:
         with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
             seen = np.asarray(image).mean(axis=(0, 1))
-        guard, attacker, column = re.match(r"(.+), (\w+): (\w+)", alt).groups()  # type: ignore[union-attr]
+        guard, attacker, column, number = re.match(r"(.+), (\w+): (\w+)(?: (\d))?$", alt).groups()  # type: ignore[union-attr]
         if guard == "real pictures":
             assert seen == pytest.approx([255] * 3, abs=4)
             continue
-        # The first of each subject's three, or the first four of the allowed domain.
-        place = 3 * SUBJECTS.index(column) if column in SUBJECTS else int(column) - 1
+        # Each subject's three, or the first four of the allowed domain.
+        if column in SUBJECTS:
+            place = 3 * SUBJECTS.index(column) + int(number) - 1
+        else:
+            place = int(column) - 1
         assert seen == pytest.approx(colour(guard, attacker, place), abs=6), alt
 
 

@@ -82,7 +82,7 @@ def points(figure: Mapping[str, Any] | None) -> str:
 
 def decimals(figure: Mapping[str, Any] | None) -> str:
     """0.123 [0.100, 0.146]."""
-    return _with_ends(figure, _three, _three)
+    return _with_ends(figure, _figures, _figures)
 
 
 def _with_ends(
@@ -96,6 +96,11 @@ def _with_ends(
 
 def _signed(share: float) -> str:
     return number(100 * share, sign="+")
+
+
+def _figures(number: float) -> str:
+    """Three decimals; none where it is large."""
+    return _three(number) if abs(number) < 100 else f"{number:,.0f}"
 
 
 def _three(value: float) -> str:
@@ -166,24 +171,36 @@ def _guards(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _grids(evaluation: Evaluation, domain: str) -> list[dict[str, Any]]:
-    """A grid an attacker: a row a guard, a column a subject (or a prompt), of the first seed."""
+    """A grid an attacker: a row a guard, as many columns as fit a subject (or a column a prompt), of the first seed."""
     data = evaluation.data
     facts, seed = data["domains"][domain], data["settings"]["seeds"][0]
     subjects = facts["subjects"][:COLUMNS]
     first = [row for row in data["rows"] if row["domain"] == domain and row["seed"] == seed]
+    each = COLUMNS
+    if subjects:
+        each = min(COLUMNS // len(subjects), first[0]["shape"][0] // len(facts["subjects"]))
     grids = []
     for attacker in dict.fromkeys(row["attacker"] for row in first):
         rows = []
         if facts["reference"]:
-            rows.append(("real pictures", evaluation.pictures(facts["reference"])[:COLUMNS]))
+            real = evaluation.pictures(facts["reference"])[: len(subjects)]
+            blank = np.full_like(real[0], 255)
+            rows.append(
+                (
+                    "real pictures",
+                    np.stack([one if not i else blank for one in real for i in range(each)]),
+                )
+            )
         for row in (r for r in first if r["attacker"] == attacker):
             pictures = evaluation.pictures(row)
-            step = len(pictures) // len(facts["subjects"]) if subjects else 1
-            rows.append((row["guard"], pictures[::step][:COLUMNS]))
+            own = np.split(pictures, len(facts["subjects"])) if subjects else [pictures]
+            rows.append((row["guard"], np.concatenate([some[:each] for some in own[:COLUMNS]])))
         wide = max(len(pictures) for _, pictures in rows)
         grids.append({
             "title": f"{DOMAIN_WORDS.get(domain, domain)}: {attacker}", "domain": domain, "attacker": attacker,
-            "columns": subjects or [str(i + 1) for i in range(wide)],
+            "columns": [
+                f"{subjects[i // each]} {i % each + 1}" if subjects else str(i + 1) for i in range(wide)
+            ],
             "rows": [
                 {"name": name, "pictures": [thumbnail(one) for one in pictures]} for name, pictures in rows
             ],
