@@ -31,7 +31,14 @@ def subject(denoiser: Any, domains: Any, tmp_path: Path) -> Callable[..., Any]:
     from diffward.guard import GuardSettings, Subject
 
     def make(work: str | None = "work", **given: Any) -> Any:
-        few = {"tune_steps": 20, "updates": 4, "interval": 2, "batch": 4, "user_lr": 3e-3, "budget": 0.3}
+        few = {
+            "tune_steps": 20,
+            "updates": 4,
+            "interval": 2,
+            "batch": 4,
+            "user_lr": 3e-3,
+            "budget": 0.3,
+        }
         settings = GuardSettings(**{**few, **given})
         return Subject(denoiser, *domains, settings, tmp_path / work if work else None)
 

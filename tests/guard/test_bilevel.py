@@ -44,14 +44,14 @@ def test_every_guard_keeps_the_base_and_the_budget(subject: Make, method: str, b
         assert mask.parameter_share == pytest.approx(reached)
     # What is left of the budget is less than the cheapest tensor outside the mask.
     costs = one.costs
-    outside = [c for c, e in zip(costs.tolist(), mask.tensors.values(), strict=True) if not e.frozen]
-    assert 0 <= 0.3 - reached + 0.5 / len(before) * (by == "tensors")
+    outside = [
+        c for c, e in zip(costs.tolist(), mask.tensors.values(), strict=True) if not e.frozen
+    ]
+    assert 0.3 - reached + 0.5 / len(before) * (by == "tensors") >= 0
     assert by == "tensors" or 0.3 - reached < min(outside) / float(costs.sum())
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(
-    subject: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(subject: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = learn_mask(subject("whole", checkpoint_every=1), "freeze")
     taken = Budgeted.update
     calls = 0
@@ -73,7 +73,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
 def test_another_run_is_not_taken_up(subject: Make) -> None:
     learn_mask(subject(), "freeze")
-    with pytest.raises(InputError, match="another run|another interval"):
+    with pytest.raises(InputError, match=r"another interval"):
         learn_mask(subject(interval=3), "freeze")
 
 
@@ -90,7 +90,9 @@ def test_the_pictures_decide(subject: Make, method: str) -> None:
     other = subject("other", updates=8)
     other.illegal, other.innocent = other.innocent, other.illegal
     a, b = (learn_mask(s, method).scores for s in (one, other))
-    rank = torch.corrcoef(torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double())[0, 1]
+    rank = torch.corrcoef(torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double())[
+        0, 1
+    ]
     assert rank < 0.5
 
 
@@ -121,7 +123,9 @@ def test_the_soft_mask_uses_up_every_budget(subject: Make) -> None:
 
 
 def test_checkpointed_activations_change_nothing(subject: Make) -> None:
-    plain, lean = (learn_mask(subject(str(i), gradient_checkpointing=bool(i)), "freeze") for i in (0, 1))
+    plain, lean = (
+        learn_mask(subject(str(i), gradient_checkpointing=bool(i)), "freeze") for i in (0, 1)
+    )
     assert torch.allclose(plain.scores, lean.scores, atol=1e-4)
 
 

@@ -22,7 +22,10 @@ COMMANDS = {
     "split": ("split", "divide pictures at random into members and non-members"),
     "train": ("train", "fine-tune a base on a folder of pictures"),
     "sample": ("sample", "draw pictures with a base and a LoRA"),
-    "audit": ("audit", "what a LoRA or a fine-tuned model gives away: a page to read and a file for machines"),
+    "audit": (
+        "audit",
+        "what a LoRA or a fine-tuned model gives away: a page to read and a file for machines",
+    ),
     "guard": (
         "guard",
         "freeze what a forbidden domain needs: learn, apply, train, verify, evaluate",

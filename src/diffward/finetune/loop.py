@@ -88,7 +88,9 @@ def train(
     ]
     total = settings.total_steps(len(order))
     _check_method(method, settings, auxiliary, prior)
-    told = _fingerprint(settings, features, denoiser, method, order, total, auxiliary, prior, frozen)
+    told = _fingerprint(
+        settings, features, denoiser, method, order, total, auxiliary, prior, frozen
+    )
     folder = checkpoint.parent if checkpoint else None
     method.precede(denoiser, features, settings, order, folder, groups)
     before = hashes(dict(denoiser.unet.named_parameters()), frozen)

@@ -100,7 +100,7 @@ class Effective:
     def _all_vectors(self) -> None:
         """What `_arrives` does, for all vectors at once."""
         vectors = self._vectors
-        own = [self.parameters[name] for name in vectors.sizes]
+        own: list[Tensor] = [self.parameters[name] for name in vectors.sizes]
         if not own:
             return
         gradient = torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for p in own])
