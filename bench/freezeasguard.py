@@ -31,7 +31,7 @@ from diffward.guard.evaluate import EvaluateSettings, evaluate
 from diffward.guard.eyes import open_eye
 from diffward.metrics.shares import contrast_over_runs, share_over_runs
 
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4, 5)
 SHARES = (0.01, 0.1, 0.8, 0.2, 0.05, 0.4)
 MAIN = ("random", "freeze", "uce", "imma", "freeze+uce")
 OTHERS = ("lora", "lora-kept", "dreambooth", "unfreeze")
@@ -210,7 +210,10 @@ class Bench:
 
 
 def contrasts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Against full fine-tuning without a guard and against random freezing, picture by picture, people as runs."""
+    """Against full fine-tuning without a guard and against random freezing, picture by picture.
+
+    A seed is a run: its two people share masks and the weights before, so they are no runs of their own.
+    """
     own = [row for row in rows if row["table"] == "1"]
     found = []
     for method, attacker in dict.fromkeys((row["method"], row["attacker"]) for row in own):
@@ -219,7 +222,7 @@ def contrasts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "table": "1, over seeds",
             "method": method,
             "attacker": attacker,
-            "runs": len(mine),
+            "seeds": len(mine),
         }
         value, ends = share_over_runs(np.array(list(mine.values())))
         told |= {"identity_match": value, "identity_ci95": list(ends)}
@@ -244,13 +247,11 @@ def contrasts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _hits_of(
-    rows: list[dict[str, Any]], method: str, attacker: str
-) -> dict[tuple[int, int], list[int]]:
+def _hits_of(rows: list[dict[str, Any]], method: str, attacker: str) -> dict[int, list[int]]:
+    """By seed: of every picture of both people, whether it shows who it should."""
     return {
-        (row["seed"], who): hits
+        row["seed"]: [hit for hits in row["hits"] for hit in hits]
         for row in rows if (row["method"], row["attacker"]) == (method, attacker)
-        for who, hits in enumerate(row["hits"])
     }  # fmt: skip
 
 

@@ -38,8 +38,8 @@ def run(quick: bool = False) -> None:
         "top30_overlap: shared part of the 30 % of tensors with the highest scores, mean over pairs; by chance "
         "overlap_by_chance, below overlap_95 in 95 % of cases (hypergeometric)",
         "overlap_ci95: bootstrap over tensors, the widest of the pairs",
-        "data_free_overlap: with the top 30 % of what the same seed gives without any picture (random scores; for the "
-        "published update its own random start)",
+        "data_free_overlap: with the top 30 % of what the same seed gives without any picture (random scores, so chance "
+        "by construction for ours, which starts from equal logits; for the published update its own random start)",
         "other_domain_overlap, other_domain_correlation: with the mask for mosaic-style logos as forbidden domain",
         "other_people_*: with the masks for other people and other pictures of the style (freezeasguard's seeds)",
     ])  # fmt: skip

@@ -93,8 +93,8 @@ def train(
     )
     folder = checkpoint.parent if checkpoint else None
     method.precede(denoiser, features, settings, order, folder, groups)
-    before = hashes(dict(denoiser.unet.named_parameters()), frozen)
     parameters = _trainable(denoiser, settings, frozen)
+    before = hashes(_named(denoiser), frozen)
     if settings.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
     accelerator = Accelerator(
@@ -293,11 +293,16 @@ def _check_moved(parameters: list[nn.Parameter]) -> None:
         raise TrainingError("step 0: lora_B did not move; the adapter is not being trained")
 
 
+def _named(denoiser: Denoiser) -> dict[str, nn.Parameter]:
+    """The UNet's own parameters, an adapter on it or not."""
+    return {n.replace(".base_layer", ""): p for n, p in denoiser.unet.named_parameters()}
+
+
 def _check_frozen(denoiser: Denoiser, before: dict[str, str]) -> None:
-    now = {n.replace(".base_layer", ""): p for n, p in denoiser.unet.named_parameters()}
+    now = _named(denoiser)
     if moved := [name for name, was in before.items() if tensor_hash(now[name]) != was]:
         raise TrainingError(
-            f"{moved[0]} is frozen and has moved ({len(moved)} such); nothing was saved"
+            f"{moved[0]} is frozen and has moved ({len(moved)} such); the model was not saved"
         )
 
 

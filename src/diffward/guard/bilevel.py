@@ -101,6 +101,7 @@ def run_bilevel(subject: Subject, upper: Bilevel) -> Found:
         InputError: the checkpoint is another run's.
     """
     settings, unet = subject.settings, subject.denoiser.unet
+    _ = subject.denoiser.unet_identity  # of the base: once theta is in the UNet it would be another
     user = make_optimizer("sgd" if settings.paper else settings.user_optimizer)
     base, tuned = subject.base, subject.tuned
     if settings.gradient_checkpointing:
@@ -138,12 +139,16 @@ def one_update(simulation: Simulation, upper: Bilevel, done: int) -> list[float]
         ill, inn = (
             simulation.effective.backward(simulation.loss(done * (count + 1), i), move=False) for i in (0, 1)
         )  # fmt: skip
+        _check_readings([ill, inn], done)
         upper.update(ill, inn)
         simulation.effective.set_mask(upper.mask())
         steps = [simulation.step(done * (count + 1) + 1 + i) for i in range(count)]
     else:
         steps = [simulation.step(done * count + i) for i in range(count)]
-        upper.update(*(torch.stack([s[i] for s in steps]).mean(0) for i in (0, 1)))  # type: ignore[misc]
+        illegal, innocent = [s[0] for s in steps], [s[1] for s in steps]
+        readings = [torch.stack(some).mean(0) for some in (illegal, innocent)]
+        _check_readings(readings, done)
+        upper.update(*readings)
     return [sum(s[2][i] for s in steps) / count for i in (0, 1)]
 
 
@@ -152,7 +157,7 @@ def _identity(subject: Subject) -> dict[str, Any]:
     free = ("checkpoint_every", "cost_weight", "uce", "imma")
     told = {k: v for k, v in asdict(subject.settings).items() if k not in free}
     data = {"illegal": subject.illegal.digest(), "innocent": subject.innocent.digest()}
-    return {**told, **data, "base": subject.denoiser.unet_identity}
+    return {**told, **data, "base": subject.denoiser.unet_identity, "processes": _world()[0]}
 
 
 def _resume(subject: Subject, upper: Bilevel, effective: Effective) -> tuple[int, list[float]]:
@@ -162,6 +167,7 @@ def _resume(subject: Subject, upper: Bilevel, effective: Effective) -> tuple[int
     hint = "choose another --out, or delete the file to start anew"
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
+        user = _moved(state["user"], subject.denoiser.device)
         told, done = dict(state["run"]), int(state["done"])
         upper_state, tuned = dict(state["upper"]), dict(state["tuned"])
     except Exception as error:
@@ -170,7 +176,7 @@ def _resume(subject: Subject, upper: Bilevel, effective: Effective) -> tuple[int
     if changed := sorted(k for k in own.keys() | told.keys() if own.get(k) != told.get(k)):
         raise InputError(f"{path}: is of a run with another {', '.join(changed)}; {hint}")
     upper.load(upper_state)
-    effective.user.load(state["user"])
+    effective.user.load(user)
     for name, value in tuned.items():
         effective.tuned[name].copy_(value)
     return done, list(state["losses"])
@@ -189,6 +195,14 @@ def _save(
         torch.save(state, temporary)
 
 
+def _check_readings(readings: list[Tensor], done: int) -> None:
+    """Before they reach the logits, and those a checkpoint."""
+    if not all(torch.isfinite(one).all() for one in readings):
+        raise TrainingError(
+            f"update {done} of the mask: the simulated user's weights are not finite any more; lower --user-lr"
+        )
+
+
 def _check_finite(each: Tensor, step: int, rows: Tensor, features: Features, which: int) -> None:
     if torch.isfinite(each).all():
         return
@@ -199,6 +213,15 @@ def _check_finite(each: Tensor, step: int, rows: Tensor, features: Features, whi
         f"step {step} of the simulated user: the loss of the {('illegal', 'innocent')[which]} domain is not "
         f"finite for {', '.join(bad)}; lower --user-lr, or look at these pictures"
     )
+
+
+def _moved(state: Any, device: torch.device) -> Any:
+    """Tensors in nested dictionaries and lists, on a device."""
+    if isinstance(state, dict):
+        return {key: _moved(value, device) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_moved(value, device) for value in state]
+    return state.to(device) if isinstance(state, Tensor) else state
 
 
 def _world() -> tuple[int, int]:

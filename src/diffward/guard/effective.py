@@ -80,7 +80,7 @@ class Effective:
         self._all_vectors()
         missing = torch.zeros((), dtype=torch.float32, device=loss.device)
         found = [self._products.get(name, missing) for name in self.parameters]
-        return torch.stack(found).double().cpu()
+        return torch.stack(found).cpu().double()
 
     def _arrives(self, name: str) -> Callable[[nn.Parameter], None]:
         @torch.no_grad()

@@ -50,7 +50,7 @@ def mask_from(
             "share": subject.settings.budget, "by": subject.settings.by,
             "reached": share_of(frozen, subject.costs),
         },
-        "domains": domains or {}, "settings": asdict(subject.settings), "found": found.facts,
+        "domains": domains or {}, "settings": {k: v for k, v in asdict(subject.settings).items() if k not in ("uce", "imma")}, "found": found.facts,
     }  # fmt: skip
     if "tuned" in vars(subject):
         facts["losses"] = hard_losses(subject, frozen)

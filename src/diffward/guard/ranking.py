@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffward.finetune.sampler import generator
-from diffward.guard.losses import losses_of
+from diffward.guard.losses import losses_of, spread
 from diffward.guard.stored import parameters_of, put
 from diffward.guard.subject import GUARDS, Found, Subject
 
@@ -32,7 +32,9 @@ def magnitude(subject: Subject) -> Found:
     """The tensors that full fine-tuning moves most, per parameter: mean |theta_ft - theta_pre|."""
     base, tuned = subject.base, subject.tuned
     return Found(
-        scores=torch.stack([(tuned[n] - base[n]).abs().mean().double() for n in subject.names])
+        scores=torch.stack(
+            [(tuned[n] - base[n]).abs().mean().cpu().double() for n in subject.names]
+        )
     )
 
 
@@ -43,7 +45,7 @@ def magnitude(subject: Subject) -> Found:
 def fisher(subject: Subject) -> Found:
     """The tensors that the forbidden domain pulls at more than the allowed one: log ratio of mean g^2 at the base."""
     ill, inn = (
-        torch.stack([(g * g).mean().double() for g in _gradients(subject, domain).values()])
+        torch.stack([(g * g).mean().cpu().double() for g in _gradients(subject, domain).values()])
         for domain in (subject.illegal, subject.innocent)
     )
     tiny = torch.finfo(torch.float64).tiny
@@ -63,7 +65,7 @@ def first_order(subject: Subject) -> Found:
         for domain in (subject.illegal, subject.innocent):
             gradients = _gradients(subject, domain)
             found = torch.stack(
-                [((base[n] - tuned[n]) * g).sum().double() for n, g in gradients.items()]
+                [((base[n] - tuned[n]) * g).sum().cpu().double() for n, g in gradients.items()]
             )
             gains.append(found / found.abs().sum())
     finally:
@@ -105,7 +107,7 @@ def _gradients(subject: Subject, domain: Features) -> dict[str, Tensor]:
     denoiser, settings = subject.denoiser, subject.settings
     own = parameters_of(denoiser.unet)
     count = denoiser.schedule.config.num_train_timesteps
-    rows = torch.arange(min(PICTURES, len(domain))).repeat(PAIRS)
+    rows = spread(len(domain), PICTURES).repeat(PAIRS)
     g = generator(settings.seed, 0, 99)
     t = ((torch.randperm(len(rows), generator=g) + 0.5) * count / len(rows)).long()
     eps = torch.randn((len(rows), *denoiser.latent_shape), generator=g)
