@@ -127,7 +127,7 @@ def train_alone(base: str, case: Case) -> dict[str, float]:
     from diffward.finetune import Settings, train
     from diffward.finetune.plain import Plain
     from diffward.guard.budget import share_of
-    from diffward.guard.stored import parameters_of
+    from diffward.models.parameters import parameters_of
 
     denoiser = denoiser_of(base)
     own = parameters_of(denoiser.unet)
@@ -153,7 +153,7 @@ def frozen_by(case: Case, denoiser: Denoiser) -> Tensor:
 
     from diffward.guard.budget import choose
     from diffward.guard.cost import training_costs
-    from diffward.guard.stored import parameters_of
+    from diffward.models.parameters import parameters_of
 
     own = parameters_of(denoiser.unet)
     if not case.rho:
@@ -175,7 +175,7 @@ def order_of_use(denoiser: Denoiser) -> Tensor:
     """(N,): the place at which a forward pass first uses each parameter's module; all of a module's alike."""
     import torch
 
-    from diffward.guard.stored import parameters_of
+    from diffward.models.parameters import parameters_of
 
     places: dict[str, int] = {}
 

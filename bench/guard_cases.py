@@ -238,7 +238,7 @@ class Learned:
         """Within the block the base has these weights."""
         import contextlib
 
-        from diffward.guard.stored import parameters_of, put
+        from diffward.models.parameters import parameters_of, put
 
         @contextlib.contextmanager
         def block() -> Any:

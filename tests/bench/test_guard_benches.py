@@ -144,7 +144,7 @@ def test_reading_a_file_of_weights_takes_no_private_memory(bench: Any, tmp_path:
 
 def test_masks_of_the_cost_table(bench: Any, denoiser: Any) -> None:
     from diffward.guard.cost import training_costs
-    from diffward.guard.stored import parameters_of
+    from diffward.models.parameters import parameters_of
 
     module = bench("freeze_cost")
     own = parameters_of(denoiser.unet)

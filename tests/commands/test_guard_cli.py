@@ -274,7 +274,7 @@ def test_an_edit_is_tensors_and_nothing_else(base_folder: Path, tmp_path: Path) 
 def test_a_mask_of_an_edited_base_holds_its_values(
     learning: list[object], base_folder: Path, tmp_path: Path
 ) -> None:
-    from diffward.models.hashing import tensor_hash
+    from diffward.models.parameters import tensor_hash
 
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     base = weights(base_folder)

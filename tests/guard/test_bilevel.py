@@ -16,8 +16,8 @@ from diffward.guard.effective import Effective
 from diffward.guard.freeze import Budgeted
 from diffward.guard.learn import learn_mask
 from diffward.guard.settings import GuardSettings
-from diffward.guard.stored import parameters_of
 from diffward.guard.user import SGD
+from diffward.models.parameters import parameters_of
 
 Make = Callable[..., Any]
 SCORING = [name for name in GUARDS.names() if name not in ("uce", "imma")]

@@ -34,7 +34,7 @@ from diffward.metrics.shares import (
 )
 from diffward.models.adapters import ATTENTION
 from diffward.models.features import Features
-from diffward.models.hashing import hashes
+from diffward.models.parameters import hashes
 from diffward.models.sampling import sample
 
 # --- statistics --------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from diffward.commands.cli import parse
 from diffward.errors import InputError
 from diffward.guard import GUARDS, GuardSettings, Subject
 from diffward.guard.settings import PAIRINGS, TECHNIQUES, UceOptions
-from diffward.guard.stored import parameters_of, put
 from diffward.guard.uce import Vectors, embed, solve, text_side, token_pairs
 from diffward.models.features import encode_pictures
+from diffward.models.parameters import parameters_of, put
 
 CONCEPTS, GUIDE = ["red cup", "a dog"], "a blue boat"
 

@@ -5,22 +5,22 @@ All randomness comes from (seed, step): a resumed run gives the same weights as 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffward.errors import InputError, TrainingError
 from diffward.finetune.checkpoint import Checkpoint
+from diffward.finetune.finite import check_finite
 from diffward.finetune.gauge import Reading, Watch
-from diffward.finetune.method import Auxiliary, Batch, Method, Run
+from diffward.finetune.method import Auxiliary, Method, Run
 from diffward.finetune.sampler import Sampler, seed_of
 from diffward.finetune.settings import Settings
-from diffward.models.hashing import hashes, tensor_hash
+from diffward.models.parameters import hashes, parameters_of, tensor_hash
 from diffward.progress import progress
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def train(
     folder = checkpoint.parent if checkpoint else None
     method.precede(denoiser, features, settings, order, folder, groups)
     parameters = _trainable(denoiser, settings, frozen)
-    before = hashes(_named(denoiser), frozen)
+    before = hashes(parameters_of(denoiser.unet), frozen)
     if settings.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
     accelerator = Accelerator(
@@ -201,7 +201,7 @@ class _Steps:
                 continue
             batch = self.draw(step, micro, rows)
             loss = self.method.loss(denoiser, batch)
-            _check_finite(loss, step, batch, self.run.features)
+            check_finite(loss, batch.rows, self.run.features, f"step {step}", "--lr")
             goal = loss.mean()
             if self.draw_prior:
                 other = self.draw_prior(step, micro)
@@ -251,7 +251,7 @@ def _trainable(
 ) -> list[nn.Parameter]:
     """What trains. Frozen parameters are no part of it: no gradient, no moments, no weight decay."""
     denoiser.detach()
-    own = dict(denoiser.unet.named_parameters())
+    own = parameters_of(denoiser.unet)
     if unknown := [name for name in frozen if name not in own]:
         raise InputError(
             f"base {denoiser.name} has no tensor {unknown[0]} to freeze; the mask is for another model"
@@ -261,7 +261,9 @@ def _trainable(
         trained = [p for name, p in own.items() if name not in frozen]
         if settings.text_encoder:
             trained += denoiser.text_encoder.parameters()
-        return [p.requires_grad_(True) for p in trained]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        return trained
     # The factors start from the seed alone, whatever ran before in this process.
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(settings.seed, 0, 1 << 21, 0))
@@ -275,31 +277,13 @@ def _trainable(
     return adapter.parameters()
 
 
-def _check_finite(loss: Tensor, step: int, batch: Batch, features: Features) -> None:
-    if torch.isfinite(loss).all():
-        return
-    bad = [
-        features.names[int(r)]
-        for r, v in zip(batch.rows, loss.detach(), strict=True)
-        if not math.isfinite(v)
-    ]
-    raise TrainingError(
-        f"step {step}: the loss is not finite for {', '.join(bad)}; lower --lr, or look at these pictures"
-    )
-
-
 def _check_moved(parameters: list[nn.Parameter]) -> None:
     if not any(bool(b.detach().any()) for b in parameters[1::2]):
         raise TrainingError("step 0: lora_B did not move; the adapter is not being trained")
 
 
-def _named(denoiser: Denoiser) -> dict[str, nn.Parameter]:
-    """The UNet's own parameters, an adapter on it or not."""
-    return {n.replace(".base_layer", ""): p for n, p in denoiser.unet.named_parameters()}
-
-
 def _check_frozen(denoiser: Denoiser, before: dict[str, str]) -> None:
-    now = _named(denoiser)
+    now = parameters_of(denoiser.unet)
     if moved := [name for name, was in before.items() if tensor_hash(now[name]) != was]:
         raise TrainingError(
             f"{moved[0]} is frozen and has moved ({len(moved)} such); the model was not saved"

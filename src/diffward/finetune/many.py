@@ -18,9 +18,9 @@ from torch import nn
 
 from diffward.errors import InputError, TrainingError
 from diffward.finetune.checkpoint import Checkpoint
+from diffward.finetune.finite import check_finite
 from diffward.finetune.loop import (
     TrainResult,
-    _check_finite,
     _check_moved,
     _fingerprint,
     _trainable,
@@ -212,7 +212,9 @@ class _Group:
         for k, value in enumerate(values):
             if not math.isfinite(value):
                 with _named(self.numbers[k]):
-                    _check_finite(each[k], step, batches[k], self.jobs[k].features)
+                    check_finite(
+                        each[k], batches[k].rows, self.jobs[k].features, f"step {step}", "--lr"
+                    )
         each.mean(dim=1).sum().backward()
         return values
 

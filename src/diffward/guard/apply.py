@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from diffward.errors import InputError, TrainingError
 from diffward.guard.candidate import open_model, split_adapter
 from diffward.guard.publish import write_guarded as write_guarded
-from diffward.guard.stored import parameters_of
 from diffward.models.adapters import TARGETS
-from diffward.models.hashing import hashes, tensor_hash
+from diffward.models.parameters import hashes, parameters_of, tensor_hash
 
 if TYPE_CHECKING:
     from diffward.guard.mask import FreezeMask

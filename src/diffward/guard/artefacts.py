@@ -13,7 +13,8 @@ from torch import Tensor
 from diffward.errors import InputError
 from diffward.guard.mask import FreezeMask
 from diffward.guard.publish import MASK, write_guarded
-from diffward.guard.stored import Stored, parameters_of, put
+from diffward.guard.stored import Stored
+from diffward.models.parameters import parameters_of, put
 
 if TYPE_CHECKING:
     from diffward.models.denoiser import Denoiser
@@ -40,7 +41,6 @@ def read_mask(path: str | Path, denoiser: Denoiser | None = None) -> FreezeMask:
         mask = FreezeMask.load(file)
     elif denoiser is not None:
         mask = FreezeMask.of_positions(file, denoiser)
-        mask.facts["base"] = public_name(denoiser)
     else:
         raise InputError(
             f"{file}: holds positions without names; convert it: diffward guard apply BASE --mask {file.name} "
@@ -124,9 +124,3 @@ def write_base(
     put_edit(denoiser, changed)
     denoiser.save_pipeline(out)
     return None
-
-
-def public_name(denoiser: Denoiser) -> str:
-    """What the base may be called in a file that is passed on: not where it lay on this machine."""
-    path = Path(denoiser.name)
-    return path.name if path.exists() else denoiser.name

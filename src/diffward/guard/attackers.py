@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffward.errors import InputError
-from diffward.guard.stored import parameters_of
 from diffward.models.adapters import ATTENTION
+from diffward.models.parameters import parameters_of
 from diffward.registry import Registry
 
 if TYPE_CHECKING:

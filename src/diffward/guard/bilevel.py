@@ -9,7 +9,7 @@ same run.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +17,13 @@ from torch import Tensor
 from diffward.errors import InputError, TrainingError
 from diffward.files import atomic_path
 from diffward.finetune.sampler import generator
-from diffward.guard.both import Rows
+from diffward.guard.both import Rows, part
 from diffward.guard.effective import Effective
+from diffward.guard.losses import DOMAINS, each_loss
+from diffward.guard.processes import world
 from diffward.guard.subject import Found, Subject
 from diffward.guard.user import make_optimizer
 from diffward.progress import progress
-
-if TYPE_CHECKING:
-    from diffward.models.features import Features
 
 _NOISE = 90  # streams of random numbers; those of the pictures' order are below
 
@@ -33,7 +32,12 @@ class Bilevel(Protocol):
     """The upper level: what becomes of the readings.
 
     `update` takes the mean dL/dm (N,) of either domain since the last update; `mask` gives m (N,).
+
+    Attributes:
+        apart: the published order: the mask reads a batch of its own while nobody moves, then the user moves unread.
     """
+
+    apart: ClassVar[bool] = False
 
     def mask(self) -> Tensor: ...
     def update(self, illegal: Tensor, innocent: Tensor) -> None: ...
@@ -51,12 +55,10 @@ class Simulation:
         half = settings.batch // 2
         sizes = half, settings.batch - half
         self.domains = subject.illegal, subject.innocent
-        world, rank = _world()
         self._rows = [
-            Rows(len(domain), size * world, settings.seed, 2 + i)
+            Rows(len(domain), size, settings.seed, 2 + i)
             for i, (domain, size) in enumerate(zip(self.domains, sizes, strict=True))
         ]
-        self._place = slice(None) if world == 1 else slice(rank, None, world)
 
     def loss(self, step: int, which: int) -> Tensor:
         """Mean loss of a domain (0 illegal, 1 innocent) at a step, with gradient.
@@ -72,14 +74,10 @@ class Simulation:
         strata = torch.randperm(len(rows), generator=g)
         t = ((strata + torch.rand(len(rows), generator=g)) * count / len(rows)).long()
         eps = torch.randn((len(rows), *denoiser.latent_shape), generator=g)
-        rows, t, eps = rows[self._place], t[self._place], eps[self._place]
-        there = rows.to(denoiser.device)
-        errors = denoiser.errors(
-            features.latents[there], t.to(denoiser.device), eps.to(denoiser.device), features.conditioning(there)
-        )  # fmt: skip
-        each = errors.mean(dim=(1, 2, 3))
-        _check_finite(each, step, rows, features, which)
-        return each.mean()
+        own, name = part(), DOMAINS[which]
+        return each_loss(
+            denoiser, features, rows[own], t[own], eps[own], f"step {step} of the simulated user, {name} domain", "--user-lr"
+        ).mean()  # fmt: skip
 
     def step(self, step: int) -> tuple[Tensor, Tensor, list[float]]:
         """A step of the user on either domain; gives the readings of both, and both losses."""
@@ -133,22 +131,20 @@ def run_bilevel(subject: Subject, upper: Bilevel) -> Found:
 def one_update(simulation: Simulation, upper: Bilevel, done: int) -> list[float]:
     """`interval` steps of the user, each of them read, then one of the mask; gives the mean losses."""
     count = simulation.subject.settings.interval
-    # The published order: a mask step reads a mixed batch without moving, then the user moves unread.
-    unread = bool(getattr(upper, "unread", False))
-    if unread:
-        ill, inn = (
-            simulation.effective.backward(simulation.loss(done * (count + 1), i), move=False) for i in (0, 1)
-        )  # fmt: skip
-        _check_readings([ill, inn], done)
-        upper.update(ill, inn)
+    first = done * (count + upper.apart)
+    if upper.apart:
+        illegal, innocent = (
+            simulation.effective.backward(simulation.loss(first, i), move=False) for i in (0, 1)
+        )
+        _update(upper, illegal, innocent, done)
         simulation.effective.set_mask(upper.mask())
-        steps = [simulation.step(done * (count + 1) + 1 + i) for i in range(count)]
-    else:
-        steps = [simulation.step(done * count + i) for i in range(count)]
-        illegal, innocent = [s[0] for s in steps], [s[1] for s in steps]
-        readings = [torch.stack(some).mean(0) for some in (illegal, innocent)]
-        _check_readings(readings, done)
-        upper.update(*readings)
+        first += 1
+    steps = [simulation.step(first + i) for i in range(count)]
+    if not upper.apart:
+        illegal, innocent = (
+            torch.stack(some).mean(0) for some in ([s[0] for s in steps], [s[1] for s in steps])
+        )
+        _update(upper, illegal, innocent, done)
     return [sum(s[2][i] for s in steps) / count for i in (0, 1)]
 
 
@@ -157,7 +153,7 @@ def _identity(subject: Subject) -> dict[str, Any]:
     free = ("checkpoint_every", "cost_weight", "uce", "imma")
     told = {k: v for k, v in asdict(subject.settings).items() if k not in free}
     data = {"illegal": subject.illegal.digest(), "innocent": subject.innocent.digest()}
-    return {**told, **data, "base": subject.denoiser.unet_identity, "processes": _world()[0]}
+    return {**told, **data, "base": subject.denoiser.unet_identity, "processes": world()[0]}
 
 
 def _resume(subject: Subject, upper: Bilevel, effective: Effective) -> tuple[int, list[float]]:
@@ -185,7 +181,7 @@ def _resume(subject: Subject, upper: Bilevel, effective: Effective) -> tuple[int
 def _save(
     subject: Subject, upper: Bilevel, effective: Effective, done: int, losses: list[float]
 ) -> None:
-    if subject.work is None or _world()[1]:
+    if subject.work is None or world()[1]:
         return
     state = {
         "run": _identity(subject), "done": done, "losses": losses, "upper": upper.state(),
@@ -195,24 +191,13 @@ def _save(
         torch.save(state, temporary)
 
 
-def _check_readings(readings: list[Tensor], done: int) -> None:
-    """Before they reach the logits, and those a checkpoint."""
-    if not all(torch.isfinite(one).all() for one in readings):
+def _update(upper: Bilevel, illegal: Tensor, innocent: Tensor, done: int) -> None:
+    """Raises `TrainingError` before readings that are not finite reach the logits, and those a checkpoint."""
+    if not (torch.isfinite(illegal).all() and torch.isfinite(innocent).all()):
         raise TrainingError(
             f"update {done} of the mask: the simulated user's weights are not finite any more; lower --user-lr"
         )
-
-
-def _check_finite(each: Tensor, step: int, rows: Tensor, features: Features, which: int) -> None:
-    if torch.isfinite(each).all():
-        return
-    bad = [
-        features.names[int(r)] for r, ok in zip(rows, torch.isfinite(each), strict=True) if not ok
-    ]
-    raise TrainingError(
-        f"step {step} of the simulated user: the loss of the {('illegal', 'innocent')[which]} domain is not "
-        f"finite for {', '.join(bad)}; lower --user-lr, or look at these pictures"
-    )
+    upper.update(illegal, innocent)
 
 
 def _moved(state: Any, device: torch.device) -> Any:
@@ -222,10 +207,3 @@ def _moved(state: Any, device: torch.device) -> Any:
     if isinstance(state, list):
         return [_moved(value, device) for value in state]
     return state.to(device) if isinstance(state, Tensor) else state
-
-
-def _world() -> tuple[int, int]:
-    """Processes that learn together, and which of them this is."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return 1, 0

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from diffward.finetune.method import Run
 from diffward.finetune.plain import Plain
-from diffward.finetune.sampler import generator
+from diffward.finetune.sampler import Epochs, stream_seed
+from diffward.guard.processes import world
 
 if TYPE_CHECKING:
     from diffward.models.features import Features
@@ -18,22 +19,23 @@ _ORDER = 77  # the stream of random numbers that orders pictures
 
 
 class Rows:
-    """Rows of a domain's pictures, step by step: each once before any comes again."""
+    """Rows of a domain's pictures, step by step; of several processes each takes its part of a step's."""
 
     def __init__(self, count: int, size: int, seed: int, stream: int) -> None:
-        self.count, self.size, self.seed, self.stream = count, size, seed, _ORDER + stream
-        self._epoch: tuple[int, Tensor] = (-1, torch.zeros(0, dtype=torch.long))
+        self.size = size * world()[0]
+        self._order = Epochs(
+            torch.arange(count), lambda epoch: stream_seed(seed, epoch, _ORDER + stream)
+        )
 
     def __call__(self, step: int) -> Tensor:
-        """Rows (size,) of step number `step`."""
-        return torch.stack([self._row(step * self.size + i) for i in range(self.size)])
+        """Rows of step number `step`, those of all processes."""
+        return self._order(step * self.size, self.size)
 
-    def _row(self, position: int) -> Tensor:
-        epoch, place = divmod(position, self.count)
-        if epoch != self._epoch[0]:
-            order = torch.randperm(self.count, generator=generator(self.seed, epoch, self.stream))
-            self._epoch = epoch, order
-        return self._epoch[1][place]
+
+def part() -> slice:
+    """This process's part of what is drawn for all."""
+    count, place = world()
+    return slice(place, None, count)
 
 
 class Both(Plain):
@@ -56,5 +58,5 @@ class Both(Plain):
         ]
 
     def rows(self, step: int, micro: int) -> Tensor:
-        first, second = (draw(step) for draw in self._draw)
+        first, second = (draw(step)[part()] for draw in self._draw)
         return torch.cat([first, second + self.counts[0]])

@@ -12,7 +12,7 @@ from diffward.errors import InputError
 from diffward.guard.artefacts import read_edit, read_mask
 from diffward.guard.domains import load_domain
 from diffward.guard.sides import Guarded, Side, random_matched
-from diffward.guard.stored import parameters_of
+from diffward.models.parameters import parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

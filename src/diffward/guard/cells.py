@@ -22,9 +22,9 @@ from diffward.errors import TrainingError
 from diffward.files import atomic_path, write_json
 from diffward.guard.attackers import ATTACKERS, Effort
 from diffward.guard.sides import prompts_of
-from diffward.guard.stored import Stored, parameters_of, put
-from diffward.models.hashing import hashes, tensor_hash
+from diffward.guard.stored import Stored
 from diffward.models.pairs import Pairs
+from diffward.models.parameters import hashes, parameters_of, put, tensor_hash
 from diffward.models.sampling import sample
 
 if TYPE_CHECKING:

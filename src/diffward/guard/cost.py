@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffward.guard.stored import parameters_of
+from diffward.models.parameters import parameters_of
 
 if TYPE_CHECKING:
     from diffward.models.denoiser import Denoiser

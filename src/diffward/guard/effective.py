@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffward.guard.stored import parameters_of
+from diffward.guard.processes import average
 from diffward.guard.user import Optimizer
+from diffward.models.parameters import parameters_of
 
 _VECTORS = "vectors"  # what they are called by the user's optimizer
 
@@ -87,7 +88,7 @@ class Effective:
         def hook(parameter: nn.Parameter) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
-            _average(gradient)
+            average(gradient)
             base, tuned, m = self.base[name], self.tuned[name], self._m[name]
             self._products[name] = torch.dot((base - tuned).flatten(), gradient.flatten())
             if self.moving:
@@ -106,7 +107,7 @@ class Effective:
         gradient = torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for p in own])
         for parameter in own:
             parameter.grad = None
-        _average(gradient)
+        average(gradient)
         base, tuned = vectors.base, vectors.tuned
         products = torch.segment_reduce((base - tuned) * gradient, "sum", lengths=vectors.lengths)
         self._products |= dict(zip(vectors.sizes, products.unbind(), strict=True))
@@ -131,10 +132,3 @@ class _Vectors:
 
     def parts(self, whole: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.sizes, whole.split(list(self.sizes.values())), strict=True))
-
-
-def _average(gradient: Tensor) -> None:
-    """Over all processes, so that they share one user and one mask."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(gradient)
-        gradient.div_(torch.distributed.get_world_size())

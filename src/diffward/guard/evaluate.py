@@ -21,7 +21,7 @@ from diffward.guard.sides import Guarded as Guarded
 from diffward.guard.sides import Side as Side
 from diffward.guard.sides import check_sides, complete, prompts_of
 from diffward.guard.sides import random_matched as random_matched
-from diffward.guard.stored import parameters_of
+from diffward.models.parameters import parameters_of
 from diffward.progress import progress
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def evaluate(
         "schema": SCHEMA,
         # A result is passed on: where the base lay on this machine is nobody's business.
         "base": {
-            "name": Path(denoiser.name).name if Path(denoiser.name).exists() else denoiser.name,
+            "name": denoiser.public_name,
             "identity": denoiser.unet_identity, "tensors": len(sizes), "parameters": sum(sizes.values()),
         },
         "eye": eye.name,

@@ -10,7 +10,8 @@ from torch import Tensor
 from diffward.errors import InputError
 from diffward.finetune.sampler import generator
 from diffward.guard.bilevel import Bilevel, run_bilevel
-from diffward.guard.losses import losses_of
+from diffward.guard.losses import DOMAINS, losses_of
+from diffward.guard.processes import shared
 from diffward.guard.subject import GUARDS, Found, Subject
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def freeze(subject: Subject) -> Found:
         return run_bilevel(subject, Published(subject.settings, len(subject.names)))
     gained = gains(subject)
     found = run_bilevel(subject, Budgeted(subject.settings, subject.costs, gained))
-    found.facts["gained_by_fine_tuning"] = dict(zip(("illegal", "innocent"), gained, strict=True))
+    found.facts["gained_by_fine_tuning"] = dict(zip(DOMAINS, gained, strict=True))
     return found
 
 
@@ -107,4 +108,5 @@ def gains(subject: Subject) -> tuple[float, float]:
                 f"--{domain}: {subject.settings.tune_steps} steps of full fine-tuning do not lower the loss "
                 f"({base[domain]:.4g} to {tuned[domain]:.4g}); raise --tune-steps or --user-lr"
             )
-    return base["illegal"] - tuned["illegal"], base["innocent"] - tuned["innocent"]
+    illegal, innocent = shared(tuple(base[domain] - tuned[domain] for domain in DOMAINS))
+    return illegal, innocent

@@ -19,7 +19,7 @@ losses of both domains before and after: on `mini` they rise together.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +28,12 @@ from diffward.errors import InputError, TrainingError
 from diffward.finetune.checkpoint import Checkpoint
 from diffward.finetune.sampler import generator
 from diffward.guard.both import Rows
-from diffward.guard.stored import parameters_of, put
+from diffward.guard.losses import each_loss, losses_now
 from diffward.guard.subject import GUARDS, Found, Subject
 from diffward.models.adapters import ATTENTION
-from diffward.models.pairs import Pairs
+from diffward.models.parameters import parameters_of, put
 from diffward.progress import progress
 
-if TYPE_CHECKING:
-    from diffward.models.features import Features
-
-PICTURES, PAIRS = (
-    64,
-    8,
-)  # of each domain, and noise draws a picture, for the losses before and after
 _ORDER, _NOISE, _START = 23, 101, 102  # streams of random numbers
 
 
@@ -60,7 +53,7 @@ def imma(subject: Subject) -> Found:
         raise InputError("--illegal: no picture in it")
     denoiser.detach()
     subject.base  # noqa: B018 (written before anything trains)
-    before = _losses(subject)
+    before = losses_now(subject)
     if settings.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
     try:
@@ -72,7 +65,7 @@ def imma(subject: Subject) -> Found:
         subject.restore()
     try:
         put(denoiser.unet, edited)
-        after = _losses(subject)
+        after = losses_now(subject)
     finally:
         subject.restore()
     _check_bound(after["illegal"], before["illegal"], settings.imma.limit, "at the end")
@@ -177,21 +170,9 @@ class Alternation:
         g = generator(self.subject.settings.seed, number, _NOISE)
         t = torch.randint(denoiser.schedule.config.num_train_timesteps, (len(rows),), generator=g)
         eps = torch.randn((len(rows), *denoiser.latent_shape), generator=g)
-        there = rows.to(denoiser.device)
-        each = denoiser.errors(
-            domain.latents[there], t.to(denoiser.device), eps.to(denoiser.device), domain.conditioning(there)
-        ).mean(dim=(1, 2, 3))  # fmt: skip
-        if not torch.isfinite(each).all():
-            bad = [
-                domain.names[int(r)]
-                for r, v in zip(rows, torch.isfinite(each), strict=True)
-                if not v
-            ]
-            raise TrainingError(
-                f"step {number} of imma: the loss is not finite for {', '.join(bad)}; lower --imma.inner-lr and "
-                "--imma.outer-lr, or look at these pictures"
-            )
-        return each.mean()
+        return each_loss(
+            denoiser, domain, rows, t, eps, f"step {number} of imma", "--imma.inner-lr and --imma.outer-lr"
+        ).mean()  # fmt: skip
 
     @torch.no_grad()
     def _fresh(self, turn: int) -> None:
@@ -225,18 +206,6 @@ def _identity(subject: Subject) -> dict[str, Any]:
         **told, "seed": subject.settings.seed, "illegal": subject.illegal.digest(),
         "base": subject.denoiser.unet_identity, "precision": str(subject.denoiser.compute_dtype),
     }  # fmt: skip
-
-
-def _losses(subject: Subject) -> dict[str, float]:
-    """Losses of the domains at the weights that the UNet has, under fixed noise."""
-    pairs = Pairs.draw(subject.denoiser, PAIRS, subject.settings.seed)
-
-    def loss(domain: Features) -> float:
-        rows = torch.arange(min(PICTURES, len(domain)))
-        return float(pairs.errors(subject.denoiser, domain, rows).mean())
-
-    domains = {"illegal": subject.illegal, "innocent": subject.innocent}
-    return {name: loss(domain) for name, domain in domains.items() if len(domain)}
 
 
 def _check_bound(loss: float, base: float, limit: float, when: str) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from diffward.errors import InputError
-from diffward.guard.artefacts import public_name
 from diffward.guard.budget import choose, share_of
 from diffward.guard.losses import losses_of
 from diffward.guard.mask import FreezeMask
-from diffward.guard.stored import parameters_of
 from diffward.guard.subject import GUARDS, Found, Subject
+from diffward.models.parameters import parameters_of
 
 
 def learn_mask(subject: Subject, method: str, domains: dict[str, Any] | None = None) -> FreezeMask:
@@ -45,7 +44,7 @@ def mask_from(
     scores = cost_aware(found.scores, subject)
     frozen = choose(scores, subject.costs, subject.settings.budget)
     facts: dict[str, Any] = {
-        "method": method, "base": public_name(subject.denoiser), "base_identity": subject.denoiser.unet_identity,
+        "method": method, "base": subject.denoiser.public_name, "base_identity": subject.denoiser.unet_identity,
         "budget": {
             "share": subject.settings.budget, "by": subject.settings.by,
             "reached": share_of(frozen, subject.costs),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffward.errors import InputError
 from diffward.files import write_json
-from diffward.models.hashing import tensor_hash
+from diffward.models.parameters import tensor_hash
 
 if TYPE_CHECKING:
     from diffward.models.denoiser import Denoiser
@@ -122,7 +122,7 @@ class FreezeMask:
             raise InputError(f"{path}: values of a mask lie between 0 (trains) and 1 (frozen)")
         scores = torch.tensor(values)
         return cls.of(weights, scores > 0.5, scores, {
-            "method": "imported", "base": denoiser.name, "source": "positional text file",
+            "method": "imported", "base": denoiser.public_name, "source": "positional text file",
         })  # fmt: skip
 
     # --- the file --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffward.errors import InputError
 from diffward.files import atomic_folder, write_text
 from diffward.guard.mask import FreezeMask
-from diffward.guard.stored import parameters_of, put
+from diffward.models.parameters import parameters_of, put
 
 if TYPE_CHECKING:
     from diffward.models.denoiser import Denoiser

@@ -11,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffward.guard.bilevel import Bilevel
+
 if TYPE_CHECKING:
     from diffward.guard.settings import GuardSettings
 
 SPARSITY, STEP = 5e3, 10.0
 
 
-class Published:
+class Published(Bilevel):
     """x <- x - eta <d, g> m (1 - m) / T - c d/dx (mean(m) - rho)^2, from random x in (0, 1); eqs. 8, 11.
 
     g is the gradient of (L_inn - L_ill) / 2. The published mask is m > 1/2; here the logits are scores, and
     the budget is met exactly afterwards.
     """
 
-    unread = True
+    apart = True
 
     def __init__(self, settings: GuardSettings, count: int) -> None:
         self.settings = settings

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from diffward.finetune.sampler import generator
-from diffward.guard.losses import losses_of, spread
-from diffward.guard.stored import parameters_of, put
+from diffward.guard.losses import each_loss, losses_of, spread
 from diffward.guard.subject import GUARDS, Found, Subject
+from diffward.models.parameters import parameters_of, put
 
 if TYPE_CHECKING:
     from diffward.models.features import Features
@@ -115,12 +115,10 @@ def _gradients(subject: Subject, domain: Features) -> dict[str, Tensor]:
     try:
         for start in range(0, len(rows), settings.batch):
             part = slice(start, start + settings.batch)
-            there = rows[part].to(denoiser.device)
-            errors = denoiser.errors(
-                domain.latents[there], t[part].to(denoiser.device), eps[part].to(denoiser.device),
-                domain.conditioning(there),
-            )  # fmt: skip
-            (errors.mean(dim=(1, 2, 3)).sum() / len(rows)).backward()
+            each = each_loss(
+                denoiser, domain, rows[part], t[part], eps[part], "ranking", "--user-lr"
+            )
+            (each.sum() / len(rows)).backward()
         return {
             n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in own.items()
         }

@@ -20,6 +20,7 @@ from diffward.guard.domains import Domains
 from diffward.guard.learn import mask_from
 from diffward.guard.mask import FreezeMask
 from diffward.guard.plot import draw_mask
+from diffward.guard.processes import together, world
 from diffward.guard.stored import Stored
 from diffward.guard.subject import GUARDS, Found, Subject, check_domains
 from diffward.models.features import Features, encode_pictures
@@ -86,7 +87,7 @@ def run_learning(
     if "pictures" in GUARDS[method].access:
         hashes = set(domains.illegal.hashes), set(domains.innocent.hashes)
         check_domains(illegal, innocent, hashes)
-    first = _rank() == 0
+    first = world()[1] == 0
     if first:
         write_json(out / WORK / RUN, identity)
         write_config({**(config or {}), **asdict(settings)}, out / "config.yaml")
@@ -95,7 +96,7 @@ def run_learning(
     learned = _artefact(subject, method, found, domains, out)
     if edited and learned.mask:
         learned.mask.facts["edited_tensors"] = len(edited)
-    _together()
+    together()
     if first:
         _write(learned, found)
         write_json(out / RUN, {
@@ -193,14 +194,3 @@ def _write(learned: Learned, found: Found) -> None:
         draw_mask(learned.mask, learned.file.with_name(PLOT))
     elif found.edited is not None:
         Stored.write(learned.file, found.edited)
-
-
-def _rank() -> int:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if ready else 0
-
-
-def _together() -> None:
-    """Wait until no process reads the work files any more."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()

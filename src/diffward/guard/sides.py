@@ -15,7 +15,7 @@ from diffward.finetune.sampler import generator
 from diffward.guard.attackers import ATTACKERS
 from diffward.guard.budget import choose, share_of
 from diffward.guard.compare import NONE, RANDOM
-from diffward.guard.stored import parameters_of
+from diffward.models.parameters import parameters_of
 
 if TYPE_CHECKING:
     from diffward.data import Pictures

@@ -41,20 +41,3 @@ class Stored(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def parameters_of(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a UNet by name, adapters left out."""
-    return {
-        name.replace(".base_layer", ""): p
-        for name, p in unet.named_parameters()
-        if ".lora_" not in name
-    }
-
-
-@torch.no_grad()
-def put(unet: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Set some of a UNet's parameters."""
-    own = parameters_of(unet)
-    for name in weights:
-        own[name].copy_(weights[name])

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from diffward.errors import InputError
 from diffward.guard.settings import GuardSettings
-from diffward.guard.stored import Stored, parameters_of, put
+from diffward.guard.stored import Stored
+from diffward.models.parameters import parameters_of, put
 from diffward.registry import Registry
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from diffward.errors import InputError
-from diffward.guard.stored import parameters_of
 from diffward.guard.subject import GUARDS, Found, Subject
 from diffward.models.adapters import TEXT_SIDE
+from diffward.models.parameters import parameters_of
 
 if TYPE_CHECKING:
     from diffward.guard.settings import UceOptions

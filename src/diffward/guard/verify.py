@@ -16,7 +16,7 @@ from torch import Tensor
 from diffward.errors import InputError
 from diffward.guard.candidate import Model, Weights, open_model, split_adapter
 from diffward.guard.lowrank import low_rank
-from diffward.models.hashing import tensor_hash
+from diffward.models.parameters import tensor_hash
 
 if TYPE_CHECKING:
     from diffward.guard.mask import FreezeMask

@@ -253,6 +253,12 @@ class Denoiser:
         return torch.autocast(self.device.type, self.compute_dtype)
 
     @property
+    def public_name(self) -> str:
+        """What it may be called in a file that is passed on: not where it lay on this machine."""
+        path = Path(self.name)
+        return path.name if path.exists() else self.name
+
+    @property
     def identity(self) -> str:
         """Hash of what encodes pictures and captions (not of the UNet), of the untouched base."""
         return self._identity
