@@ -28,7 +28,7 @@ from bench.guard_cases import ATTACKED, HARD, QUICK, RHO, WORK, Learned, Sizes, 
 from diffward.files import write_json
 from diffward.guard.attackers import AttackSettings
 from diffward.guard.evaluate import EvaluateSettings, evaluate
-from diffward.guard.eyes import open_eye
+from diffward.models.eyes import open_eye
 from diffward.metrics.shares import contrast_over_runs, share_over_runs
 
 SEEDS = (1, 2, 3, 4, 5)

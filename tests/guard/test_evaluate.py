@@ -23,7 +23,7 @@ from diffward.guard.evaluate import (
     evaluate,
     random_matched,
 )
-from diffward.guard.eyes import gallery_match, open_eye
+from diffward.models.eyes import gallery_match, open_eye
 from diffward.metrics.kid import kid
 from diffward.metrics.shares import (
     contrast_over_runs,

@@ -345,8 +345,8 @@ class FakeRay(types.ModuleType):
                 if self.fail == self.tasks:
                     return ("failed", self.tasks)
                 args = [a[1] if isinstance(a, tuple) else pickle.dumps(a) for a in args]
-                pickle.loads(pickle.dumps(function))(*map(pickle.loads, args))
-                return ("done", self.tasks)
+                answer = pickle.loads(pickle.dumps(function))(*map(pickle.loads, args))
+                return ("done", self.tasks, answer)
 
             return types.SimpleNamespace(remote=run)
 
@@ -357,11 +357,12 @@ class FakeRay(types.ModuleType):
         return references[:num_returns], references[num_returns:]
 
     def get(self, references):
-        for state, _ in references:
+        for state, *_ in references:
             if state == "failed":
                 error = TrainingError("a traceback of the worker")
                 error.cause = TrainingError("step 3: the loss is not finite")
                 raise error
+        return [answer for _, _, answer in references]
 
     def cancel(self, reference):
         self.cancelled.append(reference)
@@ -381,7 +382,7 @@ def test_a_task_that_fails(tiny_denoiser, pictures, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", ray := FakeRay(fail=1))
     with pytest.raises(TrainingError, match="step 3: the loss is not finite"):
         build(tiny_denoiser(), pictures, tmp_path / "s", cluster="ray")
-    assert ray.cancelled == [("done", 2)]
+    assert ray.cancelled == [("done", 2, None)]
 
 
 def test_machines_that_do_not_share_the_folder(denoiser, pictures, tmp_path, monkeypatch):

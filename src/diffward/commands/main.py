@@ -26,6 +26,7 @@ COMMANDS = {
         "audit",
         "what a LoRA or a fine-tuned model gives away: a page to read and a file for machines",
     ),
+    "zoo": ("zoo", "many LoRAs of known subjects: build"),
     "guard": (
         "guard",
         "freeze what a forbidden domain needs: learn, apply, train, verify, evaluate",
@@ -37,6 +38,9 @@ COMMANDS = {
 }
 # Commands that have commands of their own.
 GROUPS = {
+    "zoo": {
+        "build": ("zoo.build", "train many LoRAs of known subjects, resumable"),
+    },
     "guard": {
         "learn": ("guard.learn", "from two domains: which tensors to freeze, or how to edit them"),
         "apply": ("guard.apply", "a guarded base to publish, or a mask in diffward's format"),

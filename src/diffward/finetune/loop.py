@@ -17,6 +17,7 @@ from diffward.errors import InputError, TrainingError
 from diffward.finetune.checkpoint import Checkpoint
 from diffward.finetune.finite import check_finite
 from diffward.finetune.gauge import Reading, Watch
+from diffward.finetune.lion import Lion
 from diffward.finetune.method import Auxiliary, Method, Run
 from diffward.finetune.sampler import Sampler, seed_of
 from diffward.finetune.settings import Settings
@@ -108,11 +109,7 @@ def train(
     try:
         method.start(run)
         watch = Watch(run, method)
-        optimizer = method.prepare(
-            torch.optim.AdamW(
-                parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True
-            )
-        )
+        optimizer = method.prepare(_optimizer(parameters, settings))
         saved = Checkpoint(
             checkpoint, parameters, optimizer, told, {"method": method, "watch": watch}
         )
@@ -272,9 +269,18 @@ def _trainable(
             settings.alpha,
             settings.target_modules(),
             text_encoder=settings.text_encoder,
+            init=settings.init == "uniform" or settings.init,
             exclude=[name.removesuffix(".weight") for name in frozen if name.endswith(".weight")],
         )
     return adapter.parameters()
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    if settings.optimizer == "lion":
+        return Lion(parameters, settings.lr, settings.weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True
+    )
 
 
 def _check_moved(parameters: list[nn.Parameter]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from diffward.errors import InputError, TrainingError
 from diffward.finetune.checkpoint import Checkpoint
 from diffward.finetune.finite import check_finite
+from diffward.finetune.lion import Lion
 from diffward.finetune.loop import (
     TrainResult,
     _check_moved,
@@ -162,9 +163,8 @@ class _Group:
             Sampler(self.denoiser, job.features, job.settings, job.order, 0, 1) for job in self.jobs
         ]
         parameters = self.adapter.parameters()
-        optimizer = StackedAdamW(
-            parameters, [s.lr for s in settings], [s.weight_decay for s in settings]
-        )
+        kind = Lion if settings[0].optimizer == "lion" else StackedAdamW
+        optimizer = kind(parameters, [s.lr for s in settings], [s.weight_decay for s in settings])
         saved = Checkpoint(file, parameters, optimizer, self._fingerprint())
         # Step by step; within a step, of the jobs that still run.
         start, losses = saved.load()
@@ -259,10 +259,15 @@ def _check_alike(jobs: Sequence[Job]) -> None:
             ("text-encoder", job.settings.text_encoder, False),
             ("track", job.settings.track, "none"),
             ("batch", job.settings.batch, jobs[0].settings.batch),
+            ("optimizer", job.settings.optimizer, jobs[0].settings.optimizer),
             ("targets", job.settings.target_modules(), jobs[0].settings.target_modules()),
         ):
             if value != wanted:
-                why = "as in job 0" if option in ("batch", "targets") else "to train many at once"
+                why = (
+                    "as in job 0"
+                    if option in ("batch", "optimizer", "targets")
+                    else "to train many at once"
+                )
                 told = [",".join(v) if isinstance(v, list) else str(v) for v in (value, wanted)]
                 raise InputError(f"job {number}: --{option} {told[0]}: must be {told[1]} {why}")
         if not job.order:

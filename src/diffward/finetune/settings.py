@@ -112,8 +112,12 @@ class Settings:
     accumulate: int = 1
     """forward passes in one optimizer step"""
     lr: float = 1e-3
-    """learning rate of AdamW"""
+    """learning rate"""
     weight_decay: float = 1e-2
+    optimizer: str = "adamw"
+    """adamw or lion"""
+    init: str = "uniform"
+    """how A starts: uniform (PEFT and kohya) or gaussian (diffusers' scripts); B is zero"""
     clip: float = 1.0
     """largest gradient norm; 0 for none"""
     schedule: str = "constant"
@@ -169,12 +173,15 @@ class Settings:
             raise InputError(
                 "--steps, --epochs, --clip, --warmup and --seed must be numbers that make sense, not negative"
             )
-        if self.schedule not in ("constant", "cosine"):
-            raise InputError(f"--schedule {self.schedule}: choose constant or cosine")
-        if self.tune not in ("lora", "full"):
-            raise InputError(f"--tune {self.tune}: choose lora or full")
-        if self.track not in ("none", "tensorboard"):
-            raise InputError(f"--track {self.track}: choose none or tensorboard")
+        for name, known in (
+            ("schedule", ("constant", "cosine")),
+            ("tune", ("lora", "full")),
+            ("track", ("none", "tensorboard")),
+            ("optimizer", ("adamw", "lion")),
+            ("init", ("uniform", "gaussian")),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"--{name} {value}: choose {' or '.join(known)}")
         if not 0 <= self.prior_weight < 1e6:
             raise InputError(f"--prior-weight {self.prior_weight}: must be 0 or above")
         if not 0 <= self.drop_caption < 1:

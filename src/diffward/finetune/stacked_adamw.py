@@ -40,14 +40,14 @@ class StackedAdamW(torch.optim.Optimizer):
             squares = [self.state[p]["exp_avg_sq"][:count] for p in params]
 
             rates = list(zip(group["lr"], group["weight_decay"], strict=False))
-            torch._foreach_mul_(moving, _columns([1 - lr * decay for lr, decay in rates], moving))
+            torch._foreach_mul_(moving, columns([1 - lr * decay for lr, decay in rates], moving))
             torch._foreach_lerp_(means, grads, 1 - beta1)
             torch._foreach_mul_(squares, beta2)
             torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
             below = torch._foreach_sqrt(squares)
             torch._foreach_div_(below, (1 - beta2 ** group["step"]) ** 0.5)
             torch._foreach_add_(below, group["eps"])
-            sizes = _columns([lr / (1 - beta1 ** group["step"]) * -1 for lr in group["lr"]], moving)
+            sizes = columns([lr / (1 - beta1 ** group["step"]) * -1 for lr in group["lr"]], moving)
             torch._foreach_addcdiv_(moving, torch._foreach_mul(means, sizes), below)
 
 
@@ -62,7 +62,7 @@ def clip_each(parameters: Sequence[nn.Parameter], limits: Sequence[float]) -> No
     torch._foreach_mul_(grads, [factors] * len(grads))
 
 
-def _columns(values: Sequence[float], stacked: Sequence[Tensor]) -> list[Tensor]:
+def columns(values: Sequence[float], stacked: Sequence[Tensor]) -> list[Tensor]:
     """One value a LoRA, to multiply each of the stacked tensors with."""
     like = stacked[0]
     one = like.new_tensor(values)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffward.errors import InputError
-from diffward.guard.eyes import gallery_match
+from diffward.models.eyes import gallery_match
 from diffward.metrics.fid import fid
 from diffward.metrics.kid import LEAST, kid
 from diffward.metrics.paired import kid_difference
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffward.guard.attackers import Effort
     from diffward.guard.cells import Cell, Outcome
     from diffward.guard.evaluate import Side
-    from diffward.guard.eyes import Eye
+    from diffward.models.eyes import Eye
     from diffward.metrics import Estimate
 
 NONE, RANDOM, NOBODY = "none", "random", "nobody"

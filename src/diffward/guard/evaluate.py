@@ -25,7 +25,7 @@ from diffward.models.parameters import parameters_of
 from diffward.progress import progress
 
 if TYPE_CHECKING:
-    from diffward.guard.eyes import Eye
+    from diffward.models.eyes import Eye
     from diffward.models.denoiser import Denoiser
 
 SCHEMA = "diffward.guard/1"

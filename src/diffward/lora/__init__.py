@@ -10,6 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffward.lora.canonical import Canonical as Canonical
+    from diffward.lora.canonical import canonical_factors as canonical_factors
+    from diffward.lora.canonical import canonical_module as canonical_module
     from diffward.lora.convert import convert_lora as convert_lora
     from diffward.lora.family import family_of_width as family_of_width
     from diffward.lora.file import LoraFile as LoraFile
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from diffward.lora.write import write_lora as write_lora
 
 _HOME = {
+    "Canonical": "canonical",
+    "canonical_factors": "canonical",
+    "canonical_module": "canonical",
     "convert_lora": "convert",
     "family_of_width": "family",
     "LoraFile": "file",

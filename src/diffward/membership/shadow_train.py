@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from diffward.errors import DiffwardError, InputError
+from diffward.errors import InputError
+from diffward.finetune.cluster import on_ray
 from diffward.finetune.loop import train
 from diffward.finetune.many import Job, group_size, train_many
 from diffward.finetune.method import METHODS
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from diffward.models.features import Features
 
 MOST = {None: 64, "ray": 2}  # shadows in a group, if so many fit one pass
-_PATIENCE = 60.0  # seconds for stopped tasks to save their checkpoints
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,13 @@ def train_shadows(
     ]  # fmt: skip
     denoiser.detach()
     if cluster == "ray" and groups:
-        _on_ray(denoiser, features, groups, method)
+        shared, gpu = (denoiser, features, method), denoiser.device.type == "cuda"
+        with progress("shadow groups", len(groups)) as bar:
+            for _ in on_ray(train_group, shared, groups, gpu):
+                bar.advance()
     else:
         for group in groups:
-            train_group(denoiser, features, group, method)
+            train_group(denoiser, features, method, group)
     if not all(file.exists() for file in files):
         raise InputError(
             f"{files[0].parent}: the cluster's machines did not write there; choose a folder they all see"
@@ -80,7 +83,7 @@ def train_shadows(
 
 
 def train_group(
-    denoiser: Denoiser, features: Features, group: Group, method: Method | None = None
+    denoiser: Denoiser, features: Features, method: Method | None, group: Group
 ) -> None:
     """Train a group from its checkpoint or from the start, and write its LoRAs."""
     from diffward.lora import write_lora
@@ -116,35 +119,3 @@ def _part(features: Features, rows: np.ndarray) -> Features:
         names=[features.names[r] for r in rows],
         _caption_index=features._caption_index[chosen],
     )
-
-
-def _on_ray(
-    denoiser: Denoiser, features: Features, groups: list[Group], method: Method | None
-) -> None:
-    """One task a group, on the cluster that is running (`RAY_ADDRESS`) or on one started here."""
-    try:
-        import ray
-    except ImportError:
-        raise InputError(
-            "--cluster ray: Ray is not installed (pip install diffward[cluster])"
-        ) from None
-    ray.init(ignore_reinit_error=True)
-    # The base itself travels, not its name: it need not lie on the other machines.
-    base, data = ray.put(denoiser), ray.put(features)
-    task = ray.remote(num_gpus=int(denoiser.device.type == "cuda"))(train_group)
-    waiting = [task.remote(base, data, group, method) for group in groups]
-    try:
-        with progress("shadow groups", len(groups)) as bar:
-            while waiting:
-                done, waiting = ray.wait(waiting)
-                ray.get(done)
-                bar.advance(by=len(done))
-    except BaseException as error:
-        for reference in waiting:
-            ray.cancel(reference)  # as Ctrl-C would
-        if waiting:
-            ray.wait(waiting, num_returns=len(waiting), timeout=_PATIENCE)
-        cause = getattr(error, "cause", None)  # Ray puts its traceback in place of our one line
-        if isinstance(cause, DiffwardError):
-            raise cause from None
-        raise
