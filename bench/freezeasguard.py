@@ -28,8 +28,8 @@ from bench.guard_cases import ATTACKED, HARD, QUICK, RHO, WORK, Learned, Sizes, 
 from diffward.files import write_json
 from diffward.guard.attackers import AttackSettings
 from diffward.guard.evaluate import EvaluateSettings, evaluate
-from diffward.models.eyes import open_eye
 from diffward.metrics.shares import contrast_over_runs, share_over_runs
+from diffward.models.eyes import open_eye
 
 SEEDS = (1, 2, 3, 4, 5)
 SHARES = (0.01, 0.1, 0.8, 0.2, 0.05, 0.4)

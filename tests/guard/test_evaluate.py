@@ -23,7 +23,6 @@ from diffward.guard.evaluate import (
     evaluate,
     random_matched,
 )
-from diffward.models.eyes import gallery_match, open_eye
 from diffward.metrics.kid import kid
 from diffward.metrics.shares import (
     contrast_over_runs,
@@ -33,6 +32,7 @@ from diffward.metrics.shares import (
     wilson,
 )
 from diffward.models.adapters import ATTENTION
+from diffward.models.eyes import gallery_match, open_eye
 from diffward.models.features import Features
 from diffward.models.parameters import hashes
 from diffward.models.sampling import sample

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffward.errors import InputError
-from diffward.models.eyes import gallery_match
 from diffward.metrics.fid import fid
 from diffward.metrics.kid import LEAST, kid
 from diffward.metrics.paired import kid_difference
@@ -23,13 +22,14 @@ from diffward.metrics.shares import (
     student,
     wilson,
 )
+from diffward.models.eyes import gallery_match
 
 if TYPE_CHECKING:
     from diffward.guard.attackers import Effort
     from diffward.guard.cells import Cell, Outcome
     from diffward.guard.evaluate import Side
-    from diffward.models.eyes import Eye
     from diffward.metrics import Estimate
+    from diffward.models.eyes import Eye
 
 NONE, RANDOM, NOBODY = "none", "random", "nobody"
 

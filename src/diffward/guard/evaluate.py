@@ -25,8 +25,8 @@ from diffward.models.parameters import parameters_of
 from diffward.progress import progress
 
 if TYPE_CHECKING:
-    from diffward.models.eyes import Eye
     from diffward.models.denoiser import Denoiser
+    from diffward.models.eyes import Eye
 
 SCHEMA = "diffward.guard/1"
 DEFAULT_ATTACKERS = ("full", "lora", "lora-kept", "dreambooth", "unfreeze")

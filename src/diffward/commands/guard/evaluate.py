@@ -57,8 +57,8 @@ def evaluate(
 
     from diffward.guard.case import Case, guards_of, mask_words
     from diffward.guard.evaluate import evaluate as attack
-    from diffward.models.eyes import open_eye
     from diffward.guard.plot import draw_mask
+    from diffward.models.eyes import open_eye
     from diffward.models.load import load_base
     from diffward.provenance import hardware, versions, write_config
     from diffward.report.guard import write_guard_page
