@@ -1,0 +1,167 @@
+"""What a network sees of a LoRA: a fixed number of numbers a module, the same however the LoRA was factored.
+
+Of each module's change W (in canonical form u, sigma, v), by its Frobenius norm: the core P^T W Q in two fixed bases,
+the log of the norm, and the leading singular values. The core is bilinear in u and v, so the signs that the
+canonical form leaves open, and rotations among equal singular values, do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffward.errors import InputError
+from diffward.lora.canonical import Canonical, canonical_factors, canonical_module
+
+if TYPE_CHECKING:
+    from diffward.inversion.zoo import Row, Zoo
+    from diffward.lora import LoraWeights
+
+SPECTRUM = 8  # leading singular values, as shares of the norm
+SIDE = 24  # vectors of each basis
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of n LoRAs: cores (n, M, p, q), log norms (n, M), spectra (n, M, 8) and which modules are there (n, M).
+
+    A module that a LoRA does not have, or that it does not change, has zeros.
+    """
+
+    cores: Tensor
+    norms: Tensor
+    spectra: Tensor
+    present: Tensor
+
+    def __len__(self) -> int:
+        return len(self.cores)
+
+    def of(self, rows: Tensor | Sequence[int]) -> Tokens:
+        index = torch.as_tensor(rows)
+        return Tokens(
+            self.cores[index], self.norms[index], self.spectra[index], self.present[index]
+        )
+
+    def join(self, other: Tokens) -> Tokens:
+        pairs = ((a, getattr(other, name)) for name, a in vars(self).items())
+        return Tokens(*(torch.cat(pair) for pair in pairs))
+
+    def half(self) -> Tokens:
+        """In half precision, for keeping many."""
+        return Tokens(self.cores.half(), self.norms, self.spectra, self.present)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Two orthonormal bases a module: left (out, p) and right (in, q), of matrices flattened to (out, in kh kw)."""
+
+    left: dict[str, Tensor]
+    right: dict[str, Tensor]
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self.left)
+
+    @classmethod
+    def fit(cls, zoo: Zoo, rows: Sequence[Row], side: int = SIDE) -> Basis:
+        """The directions in which the changes of these rows lie most, each row counting alike."""
+        left: dict[str, Tensor] = {}
+        right: dict[str, Tensor] = {}
+        for _, tensors in zoo.shards(rows):
+            for name in zoo.head.modules:
+                one = _module(tensors, name)
+                share = one.sigma / one.sigma.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+                for sums, vectors in ((left, one.u), (right, one.v)):
+                    scaled = vectors * share[:, None]
+                    scaled = scaled.transpose(0, 1).flatten(1)
+                    sums[name] = sums.get(name, 0) + scaled @ scaled.T
+        return cls(
+            {n: _leading(s, side) for n, s in left.items()},
+            {n: _leading(s, side) for n, s in right.items()},
+        )
+
+    def of_zoo(self, zoo: Zoo, rows: Sequence[Row]) -> Tokens:
+        """Tokens of some saves of a zoo, in half precision, in the order of `rows`."""
+        parts, order = [], []
+        for numbers, tensors in zoo.shards(rows):
+            parts.append(
+                self.project({name: _module(tensors, name) for name in self.modules}).half()
+            )
+            order += numbers
+        whole = parts[0]
+        if len(parts) > 1:
+            names = vars(whole)
+            whole = Tokens(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
+        return whole.of(torch.tensor(order).argsort())
+
+    def of_lora(
+        self, weights: LoraWeights, base_weights: Mapping[str, Tensor] | None = None
+    ) -> Tokens:
+        """Tokens (1, ...) of a LoRA of any kind, resolved against the base.
+
+        Args:
+            base_weights: by module, where the file has DoRA.
+
+        Raises:
+            InputError: it adapts none of the modules that are known here.
+        """
+        found: dict[str, Canonical] = {}
+        for name in self.modules:
+            if (module := weights.modules.get(name)) is None:
+                continue
+            one = canonical_module(module, (base_weights or {}).get(name))
+            if (
+                one.u.shape[0] != self.left[name].shape[0]
+                or one.v.shape[0] != self.right[name].shape[0]
+            ):
+                raise InputError(
+                    f"module {name}: its shape is not that of the base this was made for"
+                )
+            found[name] = Canonical(one.u[None], one.sigma[None], one.v[None])
+        if not found:
+            raise InputError("the LoRA adapts none of the modules that the inverter knows")
+        return self.project(found)
+
+    def project(self, modules: Mapping[str, Canonical]) -> Tokens:
+        """Of batched canonical forms (n, ...), by module; modules that are missing count as not there."""
+        first = next(iter(modules.values()))
+        count = len(first.sigma)
+        cores, norms, spectra, present = [], [], [], []
+        for name in self.modules:
+            if name not in modules:
+                shape = self.left[name].shape[1], self.right[name].shape[1]
+                cores.append(first.sigma.new_zeros(count, *shape))
+                norms.append(first.sigma.new_zeros(count))
+                spectra.append(first.sigma.new_zeros(count, SPECTRUM))
+                present.append(torch.zeros(count, dtype=torch.bool))
+                continue
+            one = modules[name]
+            norm = one.sigma.norm(dim=-1)
+            there = norm > _TINY
+            share = one.sigma / norm.clamp_min(_TINY)[:, None]
+            core = (self.left[name].T @ one.u * share[:, None]) @ (one.v.mT @ self.right[name])
+            cores.append(core * there[:, None, None])
+            norms.append(norm.clamp_min(_TINY).log() * there)
+            spectra.append(Canonical(one.u, share, one.v).top(SPECTRUM).sigma)
+            present.append(there)
+        return Tokens(
+            torch.stack(cores, 1),
+            torch.stack(norms, 1),
+            torch.stack(spectra, 1),
+            torch.stack(present, 1),
+        )
+
+
+def _module(tensors: Mapping[str, Tensor], name: str) -> Canonical:
+    down, up = tensors[f"{name}.down"], tensors[f"{name}.up"]
+    return canonical_factors(down.flatten(2), up.flatten(2), tensors[f"{name}.scale"])
+
+
+def _leading(second_moment: Tensor, side: int) -> Tensor:
+    _, vectors = torch.linalg.eigh(second_moment.double())
+    return vectors[:, -side:].flip(1).float().contiguous()
