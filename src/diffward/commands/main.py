@@ -27,6 +27,7 @@ COMMANDS = {
         "what a LoRA or a fine-tuned model gives away: a page to read and a file for machines",
     ),
     "zoo": ("zoo", "many LoRAs of known subjects: build"),
+    "inverter": ("inverter", "the network that reads LoRAs: train"),
     "guard": (
         "guard",
         "freeze what a forbidden domain needs: learn, apply, train, verify, evaluate",
@@ -38,6 +39,9 @@ COMMANDS = {
 }
 # Commands that have commands of their own.
 GROUPS = {
+    "inverter": {
+        "train": ("inverter.train", "from a zoo: a network that reads LoRAs"),
+    },
     "zoo": {
         "build": ("zoo.build", "train many LoRAs of known subjects, resumable"),
     },

@@ -16,8 +16,6 @@ from torch.nn import functional as F
 
 from diffward.inversion.tokens import SPECTRUM, Tokens
 
-Reading = dict[str, Tensor]
-
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -101,7 +99,10 @@ class Heads(nn.Module):
         self.counts = nn.Linear(latent, 2)  # log pictures, log steps
         self.subject = nn.Linear(latent, 1)
 
-    def forward(self, z: Tensor) -> Reading:
+    def of_attributes(self) -> list[nn.Linear]:
+        return [head for head in self.attributes.values() if isinstance(head, nn.Linear)]
+
+    def forward(self, z: Tensor) -> dict[str, Tensor]:
         counts = self.counts(z)
         return {f"attribute {name}": head(z) for name, head in self.attributes.items()} | {
             "identity": self.identity(z),

@@ -37,13 +37,13 @@ class Floor:
             targets: (n, k), NaN where one is not known: that row then counts as having the mean.
             groups: subject of each row; rows of one subject are never divided.
         """
-        groups = np.asarray(groups)
-        distinct = np.unique(groups)
+        numbers = np.asarray(groups)
+        distinct = np.unique(numbers)
         if len(distinct) < 2 * FOLDS:
             raise InputError(
                 f"{len(distinct)} subjects to learn from: at least {2 * FOLDS} are needed"
             )
-        fold = torch.from_numpy(np.searchsorted(distinct, groups) % FOLDS)
+        fold = torch.from_numpy(np.searchsorted(distinct, numbers) % FOLDS)
         x = cores.float().flatten(1)
         mean = x.mean(0)
         x = x - mean

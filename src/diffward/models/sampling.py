@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +60,29 @@ def sample_latents(
         scheduler: a fresh one; of the base's own kind by default.
     """
     both = torch.cat([null.expand(len(conditioning), -1, -1), conditioning])
+
+    def guided(noisy: Tensor, t: Tensor) -> Tensor:
+        double, times = torch.cat([noisy, noisy]), torch.cat([t, t])
+        without, with_text = denoiser.predict(double, times, both).chunk(2)
+        return without + guidance * (with_text - without)
+
+    return denoise(denoiser, guided, generators, steps=steps, scheduler=scheduler)
+
+
+@torch.no_grad()
+def denoise(
+    denoiser: Denoiser,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    generators: Sequence[torch.Generator],
+    *,
+    steps: int = 20,
+    scheduler: Any = None,
+) -> Tensor:
+    """Draw latents (n, C, h, w) by any prediction: `predict(noisy (n, C, h, w), t (n,))` of the same shape.
+
+    Args:
+        generators: one a picture, as in `sample_latents`; `scheduler` too.
+    """
     latents = torch.stack([torch.randn(denoiser.latent_shape, generator=g) for g in generators])
     if scheduler is None:
         scheduler = type(denoiser.sampler).from_config(denoiser.sampler.config)
@@ -72,11 +95,9 @@ def sample_latents(
         else {}
     )
     for t in scheduler.timesteps:
-        double = scheduler.scale_model_input(torch.cat([latents, latents]), t)
-        times = t.to(denoiser.device).expand(len(double))
-        without, with_text = denoiser.predict(double, times, both).chunk(2)
-        guided = without + guidance * (with_text - without)
-        latents = scheduler.step(guided, t, latents, **own).prev_sample
+        noisy = scheduler.scale_model_input(latents, t)
+        prediction = predict(noisy, t.to(denoiser.device).expand(len(noisy)))
+        latents = scheduler.step(prediction, t, latents, **own).prev_sample
     return latents
 
 

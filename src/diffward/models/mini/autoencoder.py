@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from diffward.models.mini import world
-from diffward.models.mini.stage import cosine, run_stage, set_rate
+from diffward.stage import cosine, run_stage, set_rate
 
 LATENT_CHANNELS = 12
 _KL_WEIGHT = 2e-5

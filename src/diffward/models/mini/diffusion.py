@@ -13,8 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffward.files import atomic_path
 from diffward.models.mini import world
 from diffward.models.mini.autoencoder import LATENT_CHANNELS, to_tensor
-from diffward.models.mini.stage import rounds, run_stage, set_rate
 from diffward.models.mini.vocabulary import MAX_LENGTH
+from diffward.stage import rounds, run_stage, set_rate
 
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,

@@ -17,7 +17,7 @@ from diffward.files import atomic_path
 from diffward.models.mini import READER, world
 from diffward.models.mini.attributes import ATTRIBUTES, DOMAINS, Person
 from diffward.models.mini.autoencoder import to_tensor
-from diffward.models.mini.stage import cosine, run_stage, set_rate
+from diffward.stage import cosine, run_stage, set_rate
 
 # A picture shows a person when at most this many of the eight identity attributes differ. Two people
 # drawn at random agree that far in 26 of 62,208 cases (0.04 %). Set before any LoRA was looked at.

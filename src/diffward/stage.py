@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffward.errors import InputError, TrainingError
 from diffward.files import atomic_path
 
 
@@ -21,15 +23,31 @@ def run_stage(
     *,
     every: int = 500,
     on_log: Callable[[str], None] = print,
+    run: str = "",
 ) -> None:
     """Call `step(0) … step(steps - 1)`, saving the `state_dict` of each object of `state`.
 
     A step must draw all its randomness from its number: then a resumed stage gives the same weights
     as an uninterrupted one.
+
+    Args:
+        run: what the result depends on; a checkpoint of another run is refused.
+
+    Raises:
+        InputError: the checkpoint is another run's, or unreadable.
+        TrainingError: a value that a step gives is not finite.
     """
     start = 0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        try:
+            saved = torch.load(checkpoint, weights_only=True)
+            other = saved.get("run", "") != run
+        except Exception as error:
+            raise InputError(f"{checkpoint}: cannot be read; delete it to start anew") from error
+        if other:
+            raise InputError(
+                f"{checkpoint}: is of a run with other settings or data; choose another folder, or delete it"
+            )
         for key, holder in state.items():
             holder.load_state_dict(saved[key])
         start = saved["step"]
@@ -38,6 +56,8 @@ def run_stage(
     means: dict[str, float] = {}
     for number in range(start, steps):
         for key, value in step(number).items():
+            if not math.isfinite(value):
+                raise TrainingError(f"{name}: step {number}: {key} is not finite; lower the rate")
             means[key] = means.get(key, 0.0) + value
         seen += 1
         if (number + 1) % 50 == 0 or number + 1 == steps:
@@ -51,14 +71,17 @@ def run_stage(
         if (number + 1) % every == 0 or number + 1 == steps:
             with atomic_path(checkpoint) as temporary:
                 torch.save(
-                    {"step": number + 1, **{k: v.state_dict() for k, v in state.items()}}, temporary
+                    {
+                        "step": number + 1,
+                        "run": run,
+                        **{k: v.state_dict() for k, v in state.items()},
+                    },
+                    temporary,
                 )
 
 
 def cosine(step: int, steps: int, *, warmup: int = 100, floor: float = 0.02) -> float:
     """Learning-rate factor: linear warm-up, then a cosine down to `floor`."""
-    import math
-
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (

@@ -1,0 +1,330 @@
+"""Training an inverter from a zoo, offline: the base's UNet is not in the loop until the decoders are made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffward.errors import InputError
+from diffward.inversion.data import (
+    Data,
+    features_of,
+    gallery_numbers,
+    gather,
+    identity_vectors,
+)
+from diffward.inversion.encoder import EncoderConfig, contrast, kl
+from diffward.inversion.floor import Floor
+from diffward.inversion.identity import IdentitySpace
+from diffward.inversion.inverter import Facts, Inverter
+from diffward.inversion.judge import held_out
+from diffward.inversion.prompt import text_moment
+from diffward.inversion.subjects import open_subjects
+from diffward.inversion.teach import Pupil, train_latents, train_prompt
+from diffward.inversion.tokens import SIDE, Basis
+from diffward.stage import cosine, run_stage, set_rate
+
+if TYPE_CHECKING:
+    from diffward.inversion.subjects import Subjects
+    from diffward.inversion.zoo import Zoo
+    from diffward.models.denoiser import Denoiser
+    from diffward.models.eyes import Eye
+
+
+@dataclass
+class InverterSettings:
+    """How the network learns."""
+
+    epochs: int = 25
+    batch: int = 64
+    lr: float = 4e-4
+    weight_decay: float = 0.2
+    noise: float = 0.7
+    """noise on the cores, in units of their spread"""
+    width: int = 64
+    layers: int = 2
+    dropout: float = 0.4
+    side: int = SIDE
+    """vectors in each basis of a module"""
+    kl: float = 1e-3
+    """weight of the KL term; 0 leaves it out"""
+    free: float = 0.05
+    """nats a dimension of z may hold for nothing"""
+    step_token: bool = True
+    """the fine-tuning step is an input, left out half the time"""
+    floor: bool = True
+    """start from what ridge regression reads"""
+    saves: str = "all"
+    """learn from all saves of a LoRA, or its last"""
+    prompt_steps: int = 1200
+    """steps of the decoder that writes a caption from z; 0: none"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.saves not in ("all", "last"):
+            raise InputError(f"--saves {self.saves}: choose all or last")
+        for name in ("epochs", "batch", "width", "layers", "side"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+
+
+@dataclass
+class Material:
+    """All that training needs of a zoo: made once, however many networks learn from it."""
+
+    zoo: Zoo
+    subjects: Subjects
+    eye: Eye
+    basis: Basis
+    space: IdentitySpace
+    train: Data
+    valid: Data
+    test: Data
+    gallery: Tensor
+
+    @property
+    def empty(self) -> Data:
+        """Validation LoRAs that hold no subject."""
+        return self.valid.of((self.valid.subject == 0).nonzero()[:, 0].tolist())
+
+    def last(self, data: Data) -> Data:
+        """The last saves of LoRAs that have a subject."""
+        keep = {id(row) for row in self.zoo.last_saves(data.rows)}
+        there = data.subject.tolist()
+        return data.of([i for i, row in enumerate(data.rows) if id(row) in keep and there[i]])
+
+
+def prepare(zoo: Zoo, eye: Eye, side: int = SIDE, empty: Sequence[Zoo] = ()) -> Material:
+    """Bases, identity vectors and tokens of a zoo, and of zoos of LoRAs that hold no subject of its kind.
+
+    Raises:
+        InputError: too few LoRAs to learn from and to judge by.
+    """
+    subjects = open_subjects(zoo.head.subjects, seed=zoo.head.seed, side=zoo.head.resolution)
+    splits = {name: zoo.of_split(name) for name in ("train", "valid", "test")}
+    for name, least in (("train", 20), ("valid", 2), ("test", 2)):
+        if (count := len({row.identity for row in splits[name]})) < least:
+            raise InputError(
+                f"{zoo.folder}: {count} subjects of the {name} split, at least {least} are needed; make it grow"
+            )
+    for other in empty:
+        if other.head.base_identity != zoo.head.base_identity:
+            raise InputError(
+                f"{other.folder}: its LoRAs are for another base than those of {zoo.folder}"
+            )
+    basis = Basis.fit(zoo, zoo.last_saves(splits["train"]), side)
+    known = sorted({row.identity for row in splits["train"]})
+    features = features_of(subjects, known, eye)
+    space = IdentitySpace.fit(features)
+    vectors = {number: space.of(one) for number, one in zip(known, features, strict=True)}
+    held = [row.identity for name in ("valid", "test") for row in splits[name]]
+    vectors |= identity_vectors(subjects, held, eye, space)
+    count = len(zoo.head.attributes)
+    data = {}
+    for name, rows in splits.items():
+        data[name] = gather(zoo, rows, basis, vectors, space.size, count)
+        for other in empty:
+            if rows := other.of_split(name):
+                data[name] = data[name].join(gather(other, rows, basis, None, space.size, count))
+    strangers = identity_vectors(subjects, gallery_numbers(subjects, zoo), eye, space)
+    return Material(
+        zoo, subjects, eye, basis, space, data["train"], data["valid"], data["test"], torch.stack(list(strangers.values())),
+    )  # fmt: skip
+
+
+def train_inverter(
+    material: Material, settings: InverterSettings, work: Path, denoiser: Denoiser | None = None
+) -> Inverter:
+    """The floor in closed form, the encoder, and (with a base) the decoders; resumable from `work`."""
+    data = material.train
+    if settings.saves == "last":
+        keep = {id(row) for row in material.zoo.last_saves(data.rows)}
+        data = data.of([i for i, row in enumerate(data.rows) if id(row) in keep])
+    inverter, unseen = _start(material, data, settings, denoiser)
+    run = _run_identity(material, settings)
+    _train_encoder(inverter, data, unseen, settings, work, run)
+    inverter.eval()
+    with torch.no_grad():
+        z = _encode(inverter, data, unseen)
+    if denoiser is not None:
+        pupil = Pupil(inverter, data, z, material.subjects, denoiser, work, run, settings.seed)
+        train_latents(pupil)
+        if settings.prompt_steps:
+            train_prompt(pupil, settings.prompt_steps)
+    _finish(inverter, material)
+    return inverter.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _finish(inverter: Inverter, material: Material) -> None:
+    """What is known only of the trained network: readings of held-out LoRAs, and how good they are."""
+    inverter.others.copy_(inverter.read(material.last(material.valid).tokens).identity)
+    if len(material.empty):
+        inverter.empty.copy_(inverter.read(material.empty.tokens).subject)
+    inverter.moment.copy_(text_moment(material.zoo, inverter.moment))
+    inverter.facts = replace(inverter.facts, held_out=held_out(inverter, material))
+
+
+def _start(
+    material: Material, data: Data, settings: InverterSettings, denoiser: Denoiser | None
+) -> tuple[Inverter, Tensor]:
+    """The inverter with everything but what is learned by steps; and the floor's out-of-fold answers."""
+    head, attributes = material.zoo.head, material.zoo.head.attributes
+    identity = data.identity[data.subject > 0]
+    centre, spread = identity.mean(0), identity.std(0).mean()
+    wanted = (data.identity - centre) / spread
+    values = [_one_hot(data.labels[:, i], len(v)) for i, v in enumerate(attributes.values())]
+    facts = [data.log_pictures[:, None], data.log_steps[:, None], data.subject[:, None]]
+    targets = torch.cat([wanted, *values, *facts], 1)
+    floor, unseen = Floor.fit(data.tokens.cores, targets, data.groups)
+    modules, core = data.tokens.cores.shape[1], data.tokens.cores[0, 0].numel()
+    config = EncoderConfig(
+        modules, core, targets.shape[1] if settings.floor else 0, width=settings.width, layers=settings.layers,
+        dropout=settings.dropout, step_token=settings.step_token,
+    )  # fmt: skip
+    drawn = {"conditioning": [1, 1], "latents": [1, 1, 1]}
+    if denoiser is not None:
+        drawn = {
+            "conditioning": list(denoiser.condition([""]).shape[1:]),
+            "latents": list(denoiser.latent_shape),
+        }
+    sizes = {
+        "gallery": len(material.gallery),
+        "others": len(material.last(material.valid)),
+        "empty": len(material.empty),
+    }
+    torch.manual_seed(settings.seed)
+    inverter = Inverter(Facts(
+        base=head.base, base_identity=head.base_identity, modules=head.modules, side=settings.side, eye=material.eye.name,
+        features=len(material.space.mean), identity=material.space.size, attributes=attributes, encoder=asdict(config),
+        drawn=drawn, held_out={}, sizes=sizes,
+        zoo={"subjects": head.subjects, "loras": len({r.lora for r in material.zoo.rows}), "ranges": head.ranges, "seed": head.seed},
+    ))  # fmt: skip
+    with torch.no_grad():
+        for i, name in enumerate(head.modules):
+            getattr(inverter, f"left{i}").copy_(material.basis.left[name])
+            getattr(inverter, f"right{i}").copy_(material.basis.right[name])
+        for name, value in {
+            "floor_mean": floor.mean, "floor_weight": floor.weight, "floor_bias": floor.bias,
+            "floor_centre": unseen.mean(0), "floor_spread": unseen.std(0).clamp_min(1e-3),
+            "norm_centre": data.tokens.norms.mean(), "norm_spread": data.tokens.norms.std().clamp_min(1e-3),
+            "space_mean": material.space.mean, "space_turn": material.space.turn, "identity_mean": centre,
+            "identity_spread": spread, "gallery": (material.gallery - centre) / spread,
+        }.items():  # fmt: skip
+            getattr(inverter, name).copy_(value)
+        if settings.floor:
+            _heads_at_floor(inverter)
+    return inverter, unseen
+
+
+def _heads_at_floor(inverter: Inverter) -> None:
+    """Heads that at first say what the floor says; the shares of an attribute's values, sharpened, are its logits."""
+    heads, centre, spread = inverter.heads, inverter.floor_centre, inverter.floor_spread
+    linear = [(heads.identity, 1.0), *((head, 8.0) for head in heads.of_attributes())]
+    place = 0
+    for head, gain in linear:
+        part = slice(place, place + head.out_features)
+        head.weight.zero_()
+        head.weight[:, part] = torch.diag(spread[part]) * gain
+        head.bias.copy_(centre[part] * gain)
+        place = part.stop
+    heads.counts.weight.zero_()
+    heads.counts.weight[0, place], heads.counts.weight[1, place + 1] = (
+        spread[place],
+        spread[place + 1],
+    )
+    heads.counts.bias.copy_(centre[place : place + 2])
+
+
+def _train_encoder(
+    inverter: Inverter, data: Data, unseen: Tensor, settings: InverterSettings, work: Path, run: str
+) -> None:
+    parameters = [*inverter.encoder.parameters(), *inverter.heads.parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters, settings.lr, weight_decay=settings.weight_decay, foreach=True
+    )
+    steps = max(1, settings.epochs * len(data) // settings.batch)
+    noise = settings.noise * data.tokens.cores.float().std()
+    groups, tokens = torch.tensor(data.groups), inverter.standard(data.tokens)
+    wanted = inverter.standard_identity(data.identity)
+    floor = inverter.standard_floor(unseen)
+    inverter.train()
+
+    def step(number: int) -> dict[str, float]:
+        set_rate(optimizer, settings.lr * cosine(number, steps, warmup=min(100, steps // 10 + 1)))
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed * 1_000_003 + number)
+            rows = torch.randint(len(data), (settings.batch,))
+            some = tokens.of(rows)
+            cores = some.cores.float()
+            some = replace(some, cores=cores + noise * torch.randn_like(cores))
+            log_step = data.log_steps[rows].masked_fill(torch.rand(len(rows)) < 0.5, torch.nan)
+            mu, logvar = inverter.encoder(some, None if floor is None else floor[rows], log_step)
+            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp() if settings.kl else mu
+        losses = _losses(inverter, inverter.heads(z), data, rows, wanted[rows], groups[rows])
+        losses["kl"] = kl(mu, logvar, settings.free)
+        loss = sum(v for k, v in losses.items() if k != "kl") + settings.kl * losses["kl"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[union-attr]
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        return {key: float(value.detach()) for key, value in losses.items()}
+
+    state = {"encoder": inverter.encoder, "heads": inverter.heads, "optimizer": optimizer}
+    run_stage("encoder", steps, step, state, work / "encoder.pt", run=run)
+
+
+def _losses(
+    inverter: Inverter,
+    found: dict[str, Tensor],
+    data: Data,
+    rows: Tensor,
+    wanted: Tensor,
+    groups: Tensor,
+) -> dict[str, Tensor]:
+    """Each head's mean loss; rows without a subject count for the subject's head alone."""
+    there = data.subject[rows] > 0
+    vectors, own = found["identity"][there], wanted[there]
+    losses = {
+        "identity": contrast(vectors, own, groups[there]).mean(),
+        "vector": F.mse_loss(vectors, own),
+        "pictures": F.mse_loss(found["pictures"][there], data.log_pictures[rows][there]),
+        "steps": F.mse_loss(found["steps"], data.log_steps[rows]),
+        "subject": F.binary_cross_entropy_with_logits(found["subject"], data.subject[rows]),
+    }
+    if data.labels.shape[1]:
+        each = [
+            F.cross_entropy(found[f"attribute {name}"][there], data.labels[rows, i][there])
+            for i, name in enumerate(inverter.facts.attributes)
+        ]
+        losses["attributes"] = torch.stack(each).mean()
+    return losses
+
+
+def _encode(inverter: Inverter, data: Data, unseen: Tensor) -> Tensor:
+    """z (n, latent) of training rows, from what the floor says of them unseen."""
+    floor, tokens = inverter.standard_floor(unseen), inverter.standard(data.tokens)
+    return torch.cat([
+        inverter.encoder(tokens.of(rows), None if floor is None else floor[rows])[0]
+        for rows in torch.arange(len(data)).split(256)
+    ])  # fmt: skip
+
+
+def _one_hot(labels: Tensor, values: int) -> Tensor:
+    """(n, values), NaN where the label is not known."""
+    found = F.one_hot(labels.clamp_min(0), values).float()
+    return found.masked_fill((labels < 0)[:, None], torch.nan)
+
+
+def _run_identity(material: Material, settings: InverterSettings) -> str:
+    """What a resumed training must share with the one that it goes on with."""
+    rows = [(row.lora, row.step, row.shard) for row in material.train.rows]
+    told = f"{asdict(settings)}{rows}{material.zoo.head}{material.eye.name}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
