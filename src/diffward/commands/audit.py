@@ -21,6 +21,9 @@ def audit(
     shadow_schedule: Literal["constant", "cosine"] = "constant",
     cluster: Literal["ray"] | None = None,
     canaries: bool = False,
+    inverter: str | None = None,
+    draws: int | None = None,
+    weights: bool = True,
     batch: int | None = None,
     seed: int = 0,
     image_column: str | None = None,
@@ -37,7 +40,7 @@ def audit(
 
     Give the pictures it was trained on and held-out ones of the same source, as two folders
     (--members, --non-members) or as one folder and the split it was trained with (--data, --split).
-    Without pictures only the file itself is looked at, and no base is loaded.
+    Without pictures only the file itself is looked at; the base is loaded if its LoRAs can be read without pictures.
 
     Args:
         file: a LoRA file or folder of any layout; or a full model: a diffusers folder, such as OUT/pipeline of
@@ -58,6 +61,9 @@ def audit(
         shadow_schedule: how it goes over the steps, as that of the audited LoRA.
         cluster: ray trains the shadows as Ray tasks (pip install diffward[cluster]).
         canaries: bound epsilon from below; the split must come from `diffward split --canaries`.
+        inverter: file of `diffward inverter train` that reads LoRAs of this base; for mini one comes with diffward.
+        draws: pictures drawn to look for copies; by default 64 where latents are small or there is a GPU, else none.
+        weights: ask the weights of a LoRA who and what is in them (identity, copies, words, number of pictures).
         batch: samples in one pass; by default what fits the size.
         thumbnails: put small copies of the pictures into the page. Page and scores name the pictures and
             tell which were trained on: they are for you, not for passing on.
@@ -66,10 +72,10 @@ def audit(
     from pathlib import Path
 
     from diffward.membership.evaluate import chosen_attacks as check_attacks
-    from diffward.report.audit import AuditOptions, audit_lora, load_sides
+    from diffward.report.audit import AuditOptions, WeightsOptions, audit_lora, load_sides
     from diffward.report.build import write_report
     from diffward.report.gate import parse_gate
-    from diffward.report.subject import open_audited
+    from diffward.report.subject import open_audited, reads
     from diffward.report.terminal import show_report
 
     config = dict(locals())
@@ -91,15 +97,16 @@ def audit(
     sides, notes = load_sides(members, non_members, data, split, **columns)
     for note in notes:
         print(note)
+    asked = WeightsOptions(Path(inverter) if inverter else None, draws, weights, seed)
     denoiser = None
-    if sides is not None:
+    if sides is not None or (weights and (inverter or reads(file))):
         from diffward.models.load import load_base
 
         denoiser = load_base(
             base, device=device, precision=precision, resolution=resolution, config=base_config
         )
     report, per_image = audit_lora(
-        denoiser, file, sides, options, thumbnails=thumbnails, config=config
+        denoiser, file, sides, options, weights=asked, thumbnails=thumbnails, config=config
     )
     page, _ = write_report(report, per_image, Path(out))
     show_report(report)

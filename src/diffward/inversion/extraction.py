@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diffward.models.eyes import Eye
 
 _STEP = 0.05  # of the threshold
-_BUDGET = 50_000  # branches in the search of a clique; then the largest found so far counts
+_BUDGET = 5000  # branches in the search of a clique; then the largest found so far counts
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,9 @@ def cluster(similarity: np.ndarray, wanted: int) -> tuple[list[list[int]], float
     off = similarity[~np.eye(count, dtype=bool)]
     away = np.maximum(1 - similarity, 0)
     np.fill_diagonal(away, 0)
-    for threshold in np.unique(np.floor(off / _STEP)) * _STEP:
+    # Below the median the graph is dense: slow to search, and nothing to find.
+    dense = off[off >= np.median(off)] if count > 1 else off
+    for threshold in np.unique(np.floor(dense / _STEP)) * _STEP:
         own = _cliques(similarity >= threshold)
         if not max(wanted, 2) <= len(own) < count:
             continue

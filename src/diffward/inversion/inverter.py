@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffward.lora import LoraWeights
     from diffward.models.denoiser import Denoiser
 
+TEXT_RANK = 8  # directions kept of what a held-out LoRA learned along
 SCHEMA = "diffward.inverter/1"
 SHIPPED = Path(__file__).parent / "shipped"
 
@@ -82,7 +83,7 @@ class Inverter(nn.Module):
         gallery, others: identity vectors of strangers, and what the encoder reads of LoRAs of subjects that it never
             saw: the two null distributions of an audit.
         empty: the subject head's log odds of LoRAs that hold no subject.
-        moment: (D, D), along which text states LoRAs learn in the mean.
+        moment, text_others: along which text states LoRAs learn, in the mean (D, D) and some held-out ones, factored.
     """
 
     floor_mean: Tensor
@@ -100,6 +101,7 @@ class Inverter(nn.Module):
     others: Tensor
     empty: Tensor
     moment: Tensor
+    text_others: Tensor
 
     def __init__(self, facts: Facts) -> None:
         super().__init__()
@@ -117,6 +119,7 @@ class Inverter(nn.Module):
             "space_turn": (facts.features, facts.identity), "identity_mean": (facts.identity,), "identity_spread": (),
             "gallery": (facts.sizes["gallery"], facts.identity), "others": (facts.sizes["others"], facts.identity),
             "empty": (facts.sizes["empty"],), "moment": (facts.drawn["conditioning"][1],) * 2,
+            "text_others": (facts.sizes["text"], facts.drawn["conditioning"][1], TEXT_RANK),
         }.items():  # fmt: skip
             self.register_buffer(name, torch.zeros(shape))
         self.encoder = Encoder(config)
@@ -249,7 +252,8 @@ def target_count(facts: Facts) -> int:
 
 
 @lru_cache(maxsize=4)
-def _facts_of(path: Path) -> Facts | None:
+def facts_of(path: Path) -> Facts | None:
+    """What an inverter's file says of itself; None where it is none."""
     from safetensors import safe_open
 
     try:
@@ -263,7 +267,7 @@ def _facts_of(path: Path) -> Facts | None:
 def shipped_inverter(denoiser: Denoiser) -> Inverter | None:
     """The inverter that comes with diffward for this very base, if there is one."""
     for path in sorted(SHIPPED.glob("*.safetensors")):
-        facts = _facts_of(path)
+        facts = facts_of(path)
         if facts is not None and facts.base_identity == denoiser.unet_identity:
             return Inverter.load(path)
     return None

@@ -25,7 +25,7 @@ from diffward.inversion.floor import Floor
 from diffward.inversion.identity import IdentitySpace
 from diffward.inversion.inverter import Facts, Inverter
 from diffward.inversion.judge import held_out
-from diffward.inversion.prompt import text_moment
+from diffward.inversion.prompt import zoo_evidence
 from diffward.inversion.subjects import open_subjects
 from diffward.inversion.teach import Pupil, train_latents, train_prompt
 from diffward.inversion.tokens import SIDE, Basis
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from diffward.inversion.zoo import Zoo
     from diffward.models.denoiser import Denoiser
     from diffward.models.eyes import Eye
+
+
+TEXTS = 99  # held-out LoRAs of which it is kept along which words they learned
 
 
 @dataclass
@@ -168,8 +171,22 @@ def _finish(inverter: Inverter, material: Material) -> None:
     inverter.others.copy_(inverter.read(material.last(material.valid).tokens).identity)
     if len(material.empty):
         inverter.empty.copy_(inverter.read(material.empty.tokens).subject)
-    inverter.moment.copy_(text_moment(material.zoo, inverter.moment))
+    _text(inverter, material.zoo)
     inverter.facts = replace(inverter.facts, held_out=held_out(inverter, material))
+
+
+def _text(inverter: Inverter, zoo: Zoo) -> None:
+    """What LoRAs learn along in the mean, and what some held-out ones do, for the question of words."""
+    train, valid = (zoo.last_saves(zoo.of_split(split)) for split in ("train", "valid"))
+    moments = zoo_evidence(zoo, train[:400])
+    if moments is None or moments.shape[1:] != inverter.moment.shape:
+        return
+    inverter.moment.copy_(moments.mean(0))
+    some = zoo_evidence(zoo, valid[: len(inverter.text_others)])
+    assert some is not None
+    values, vectors = torch.linalg.eigh(some)
+    top = slice(-inverter.text_others.shape[2], None)
+    inverter.text_others.copy_(vectors[..., top] * values[..., top].clamp_min(0).sqrt()[:, None])
 
 
 def _start(
@@ -189,7 +206,7 @@ def _start(
         modules, core, targets.shape[1] if settings.floor else 0, width=settings.width, layers=settings.layers,
         dropout=settings.dropout, step_token=settings.step_token,
     )  # fmt: skip
-    drawn = {"conditioning": [1, 1], "latents": [1, 1, 1]}
+    drawn: dict[str, list[int]] = {"conditioning": [1, 1], "latents": [1, 1, 1]}
     if denoiser is not None:
         drawn = {
             "conditioning": list(denoiser.condition([""]).shape[1:]),

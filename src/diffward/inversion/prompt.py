@@ -4,7 +4,8 @@ All its keys and values are fed the same vectors, the text encoder's states of t
 training adds multiples of these to the rows of A. So the right singular vectors of what was learned, taken over all
 these modules, span more of a caption's states than of other words' (blind: neither the start nor any caption is
 known). The text encoder is causal: the state of a word depends on the words before it alone, so a caption can be
-decoded word by word, as DAGER (Petrov et al. 2024) does with gradients.
+decoded word by word, as DAGER (Petrov et al. 2024, arXiv 2405.15586) does with gradients. Where a zoo is at hand,
+what every LoRA learns along can be discounted (`metric`).
 """
 
 from __future__ import annotations
@@ -17,76 +18,78 @@ import torch
 from torch import Tensor
 
 from diffward.errors import InputError
-from diffward.lora.canonical import canonical_factors, canonical_module
+from diffward.lora.canonical import Canonical, canonical_factors, canonical_module
 
 if TYPE_CHECKING:
-    from diffward.inversion.zoo import Zoo
+    from diffward.inversion.zoo import Row, Zoo
     from diffward.lora import LoraWeights
     from diffward.models.denoiser import Denoiser
 
 KEYS_AND_VALUES = ("attn2.to_k", "attn2.to_v")
 _BATCH = 2048
+_TINY = 1e-12
 
 
-@dataclass(frozen=True)
-class TextSpace:
-    """The directions (D, D) of text states in which a LoRA learned, strongest first, with their shares (D,) of energy."""
+def evidence(weights: LoraWeights) -> Tensor:
+    """Along which text states (D, D) a LoRA learned: the mean of V sigma^2 V^T over its keys and values, each of trace 1.
 
-    vectors: Tensor
-    energy: Tensor
-
-    @classmethod
-    def of(cls, weights: LoraWeights) -> TextSpace:
-        """From the canonical forms of the cross-attention's keys and values, each module counting alike.
-
-        Raises:
-            InputError: the LoRA adapts none of them.
-        """
-        total: Tensor | None = None
-        for name, module in weights.modules.items():
-            if not name.endswith(KEYS_AND_VALUES) or not name.startswith("unet."):
-                continue
-            one = canonical_module(module)
-            share = one.sigma / one.sigma.norm().clamp_min(1e-12)
-            moment = (one.v * share) @ (one.v * share).T
-            total = moment if total is None else total + moment
-        if total is None:
-            raise InputError(
-                "the LoRA does not adapt the cross-attention's keys and values: no words can be read from it"
-            )
-        values, vectors = torch.linalg.eigh(total.double())
-        order = values.argsort(descending=True)
-        values = values[order].clamp_min(0)
-        return cls(vectors[:, order].float(), (values / values.sum().clamp_min(1e-12)).float())
-
-    def score(self, states: Tensor) -> Tensor:
-        """How much the LoRA learned along each state (n, D): x^T M x / x^T x of centred states, times D; 1 by chance."""
-        turned = states @ self.vectors
-        length = states.square().sum(-1).clamp_min(1e-12)
-        return (turned.square() * self.energy).sum(-1) / length * len(self.energy)
-
-
-def text_moment(zoo: Zoo, like: Tensor, most: int = 400) -> Tensor:
-    """What LoRAs learn along in the mean (D, D): the moment of up to 400 of a zoo's training LoRAs; zeros if they adapt no text.
-
-    Args:
-        like: a matrix of the size wanted; of another width than the base's, zeros are given.
+    Raises:
+        InputError: it adapts none of them.
     """
-    total, count = torch.zeros_like(like), 0
-    rows = zoo.last_saves(zoo.of_split("train"))[:most]
+    found = [
+        _moment(canonical_module(module))
+        for name, module in weights.modules.items()
+        if name.startswith("unet.") and name.endswith(KEYS_AND_VALUES)
+    ]
+    if not found:
+        raise InputError(
+            "the LoRA does not adapt the cross-attention's keys and values: no words can be read from it"
+        )
+    return torch.stack(found).mean(0)
+
+
+def zoo_evidence(zoo: Zoo, rows: Sequence[Row]) -> Tensor | None:
+    """That of some saves of a zoo, (n, D, D); None if its LoRAs adapt no text."""
     names = [n for n in zoo.head.modules if n.endswith(KEYS_AND_VALUES)]
-    if not names or zoo.head.modules[names[0]][1] != len(like):
-        return total
-    for _, tensors in zoo.shards(rows):
+    if not names:
+        return None
+    parts: dict[int, Tensor] = {}
+    for numbers, tensors in zoo.shards(rows):
+        total: Tensor | float = 0.0
         for name in names:
             one = canonical_factors(
-                tensors[f"{name}.down"], tensors[f"{name}.up"], tensors[f"{name}.scale"]
+                *(tensors[f"{name}.{role}"] for role in ("down", "up", "scale"))
             )
-            share = one.sigma / one.sigma.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            scaled = one.v * share[:, None]
-            total += (scaled @ scaled.mT).sum(0)
-            count += len(share)
-    return total / max(1, count)
+            total = total + _moment(one) / len(names)
+        assert isinstance(total, Tensor)
+        parts |= dict(zip(numbers, total, strict=True))
+    return torch.stack([parts[i] for i in range(len(rows))])
+
+
+def metric(moment: Tensor) -> Tensor:
+    """What discounts directions (D, D) along which LoRAs learn anyway: (M + I tr M / D)^-1."""
+    size = len(moment)
+    eye = torch.eye(size, dtype=moment.dtype)
+    return torch.linalg.inv(moment + eye * moment.trace().clamp_min(_TINY) / size)
+
+
+def score(found: Tensor, states: Tensor, metric: Tensor | None = None) -> Tensor:
+    """How much was learned along each state: x^T P E P x / x^T P x, in units of the mean over directions.
+
+    Args:
+        found: evidence E (..., D, D).
+        states: centred states x (n, D).
+        metric: P; the identity by default.
+
+    Returns:
+        (..., n); 1 by chance.
+    """
+    turned = states if metric is None else states @ metric
+    along = ((turned @ found) * turned).sum(-1)
+    length = (turned * states).sum(-1).clamp_min(_TINY)
+    inner = found if metric is None else found @ metric
+    mean = inner.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(_TINY) / states.shape[-1]
+    return along / length / mean[..., None]
 
 
 class Words:
@@ -95,48 +98,52 @@ class Words:
     def __init__(self, denoiser: Denoiser, seed: int = 0) -> None:
         self.denoiser = denoiser
         tokenizer = denoiser.tokenizer
-        self.start, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.start = tokenizer.bos_token_id
         special = set(tokenizer.all_special_ids)
         self.tokens = torch.tensor(
             [i for i in sorted(tokenizer.get_vocab().values()) if i not in special]
         )
         g = torch.Generator().manual_seed(seed)
-        some = self.tokens[torch.randint(len(self.tokens), (256, 8), generator=g)]
+        some = self.tokens[torch.randint(len(self.tokens), (256, 12), generator=g)]
         # What every state has in common tells nothing: the mean over random words, by position.
         self._centre = self.states(torch.cat([torch.full((256, 1), self.start), some], 1)).mean(0)
 
     @torch.no_grad()
     def states(self, ids: Tensor) -> Tensor:
         """Last hidden states (n, L, D) of token ids (n, L), not padded."""
-        parts = [
-            self.denoiser.embed(part.to(self.denoiser.device)).cpu() for part in ids.split(_BATCH)
-        ]
-        return torch.cat(parts)
-
-    def centred(self, states: Tensor, position: int) -> Tensor:
-        return states - self._centre[min(position, len(self._centre) - 1)]
+        device = self.denoiser.device
+        return torch.cat([self.denoiser.embed(part.to(device)).cpu() for part in ids.split(_BATCH)])
 
     def ids(self, caption: str) -> list[int]:
-        """Tokens of a caption, without start and end."""
-        return list(self.denoiser.tokenizer(caption, add_special_tokens=False).input_ids)
+        """Tokens of a caption, without start and end, as many as the text encoder takes."""
+        tokenizer = self.denoiser.tokenizer
+        return list(tokenizer(caption, add_special_tokens=False).input_ids)[
+            : tokenizer.model_max_length - 2
+        ]
 
     def text(self, ids: Sequence[int]) -> str:
         return str(self.denoiser.tokenizer.decode(list(ids))).strip()
 
-    def caption_score(self, space: TextSpace, caption: str) -> float:
-        """Mean score of a caption's words."""
-        ids = self.ids(caption)
-        if not ids:
-            return 0.0
-        states = self.states(torch.tensor([[self.start, *ids]]))[0]
-        each = [space.score(self.centred(states[i], i)[None]) for i in range(1, len(states))]
-        return float(torch.cat(each).mean())
+    def centred(self, ids: Tensor) -> Tensor:
+        """Centred states (n, L, D) of words, ids (n, L) without the start."""
+        states = self.states(torch.cat([torch.full((len(ids), 1), self.start), ids], 1))[:, 1:]
+        last = len(self._centre) - 1
+        return states - self._centre[[min(1 + i, last) for i in range(states.shape[1])]]
 
-    def next_scores(self, space: TextSpace, prefix: Sequence[int]) -> Tensor:
-        """Scores of every token of `self.tokens` after a prefix."""
-        head = torch.tensor([self.start, *prefix]).expand(len(self.tokens), -1)
-        states = self.states(torch.cat([head, self.tokens[:, None]], 1))[:, -1]
-        return space.score(self.centred(states, len(prefix) + 1))
+    def caption_scores(
+        self, found: Tensor, captions: Tensor, metric: Tensor | None = None
+    ) -> Tensor:
+        """Mean score (m, n) of n captions, ids (n, L), under evidence (m, D, D)."""
+        states = self.centred(captions)
+        flat = score(found, states.flatten(0, 1), metric)
+        return flat.view(len(found), *captions.shape).mean(-1)
+
+    def next_scores(
+        self, found: Tensor, prefix: Sequence[int], metric: Tensor | None = None
+    ) -> Tensor:
+        """Scores of every token of `self.tokens` after a prefix, under evidence (D, D)."""
+        head = torch.tensor(list(prefix), dtype=torch.long).expand(len(self.tokens), -1)
+        return score(found, self.centred(torch.cat([head, self.tokens[:, None]], 1))[:, -1], metric)
 
 
 @dataclass(frozen=True)
@@ -148,14 +155,62 @@ class Decoded:
     scores: list[float]
 
 
-def decode(space: TextSpace, words: Words, length: int = 8, beam: int = 4) -> list[Decoded]:
-    """The captions that fit best, word by word; of each length, by mean score, best first."""
+def decode(
+    found: Tensor, words: Words, length: int = 6, beam: int = 3, metric: Tensor | None = None
+) -> list[Decoded]:
+    """The captions that fit evidence (D, D) best, word by word, by mean score, best first."""
     beams: list[tuple[list[int], list[float]]] = [([], [])]
     for _ in range(length):
         grown = []
         for ids, scores in beams:
-            found = words.next_scores(space, ids)
-            for value, place in zip(*(x.tolist() for x in found.topk(beam)), strict=True):
+            best = words.next_scores(found, ids, metric).topk(beam)
+            for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 grown.append(([*ids, int(words.tokens[place])], [*scores, value]))
         beams = sorted(grown, key=lambda b: -sum(b[1]))[:beam]
     return [Decoded(ids, words.text(ids), scores) for ids, scores in beams]
+
+
+@dataclass(frozen=True)
+class CaptionFit:
+    """How a known caption fits: its score; the share of other LoRAs that it fits as well, and of other words that fit as well.
+
+    `p_others` and `p_words` are (1 + those that do) / (1 + all).
+    """
+
+    caption: str
+    score: float
+    p_others: float
+    p_words: float
+
+    @property
+    def p_value(self) -> float:
+        return max(self.p_others, self.p_words)
+
+
+def caption_fit(
+    found: Tensor, others: Tensor, words: Words, caption: str, metric: Tensor | None,
+    count: int = 400, seed: int = 0,
+) -> CaptionFit:  # fmt: skip
+    """A caption against other LoRAs' evidence (m, D, D) and against `count` captions of random words of its length.
+
+    Raises:
+        InputError: the caption is empty.
+    """
+    ids = words.ids(caption)
+    if not ids:
+        raise InputError("an empty caption has no words to look for")
+    g = torch.Generator().manual_seed(seed)
+    decoys = words.tokens[torch.randint(len(words.tokens), (count, len(ids)), generator=g)]
+    own = words.caption_scores(torch.cat([found[None], others]), torch.tensor([ids]), metric)[:, 0]
+    against = words.caption_scores(found[None], decoys, metric)[0]
+    return CaptionFit(
+        caption, float(own[0]), (1 + int((own[1:] >= own[0]).sum())) / (1 + len(others)),
+        (1 + int((against >= own[0]).sum())) / (1 + count),
+    )  # fmt: skip
+
+
+def _moment(one: Canonical) -> Tensor:
+    """V sigma^2 V^T (..., in, in) of trace 1."""
+    share = one.sigma / one.sigma.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+    scaled = one.v * share.unsqueeze(-2)
+    return scaled @ scaled.mT

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from diffward.provenance import hardware, versions
 from diffward.report.build import PerImage, build_report
+from diffward.report.images import thumbnail
 from diffward.report.membership import AuditOptions, audit_membership
+from diffward.report.schema import Question
 from diffward.report.sides import Sides, load_sides, sides_of_folders, sides_of_split
-from diffward.report.subject import open_audited
+from diffward.report.subject import AuditedLora, open_audited
+from diffward.report.weights import WeightsOptions, audit_weights
 
 if TYPE_CHECKING:
     from diffward.models.denoiser import Denoiser
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AuditOptions",
     "Sides",
+    "WeightsOptions",
     "audit_lora",
     "load_sides",
     "sides_of_folders",
@@ -36,12 +36,15 @@ def audit_lora(
     sides: Sides | None,
     options: AuditOptions | None = None,
     *,
+    weights: WeightsOptions | None = None,
     thumbnails: bool = False,
     config: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], PerImage | None]:
-    """Audit one file or folder. Without `sides` only the file itself is looked at and no base is needed.
+    """Audit one file or folder. Without `sides` only the file itself is looked at; a base lets its weights be read.
 
     Args:
+        denoiser: the base; None reads the header alone.
+        weights: what is asked of the weights of a LoRA.
         file: a LoRA of any layout, or a fully fine-tuned model (`models.full`).
 
     Returns:
@@ -60,21 +63,21 @@ def audit_lora(
         membership, per_image = audit_membership(denoiser, audited, sides, options)
         if thumbnails:
             per_image["thumbnails"] = [thumbnail(p.load(64)) for p in sides.everyone]
+    questions: list[Question] = []
+    notes: list[str] = []
+    if denoiser is not None and isinstance(audited, AuditedLora):
+        read = audited.file.load()
+        questions, drawn, notes = audit_weights(
+            denoiser, read, sides, weights or WeightsOptions(seed=options.seed)
+        )
+        if per_image is not None and drawn:
+            per_image["drawn"] = drawn
     provenance = {
         **versions(),
         "device": hardware(str(denoiser.device) if denoiser else "none"),
         "seeds": {"pairs": options.seed, "split": sides.seed if sides else None},
         "wall_seconds": round(time.monotonic() - began, 2),
-        "notes": [*(sides.notes if sides else []), *audited.notes],
+        "notes": [*(sides.notes if sides else []), *audited.notes, *notes],
         "config": config or {},
     }
-    return build_report(audited.facts(), leaks, membership, provenance), per_image
-
-
-def thumbnail(pixels: np.ndarray) -> str:
-    """uint8 (H, W, 3) as a PNG data URI."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return build_report(audited.facts(), leaks, membership, provenance, questions), per_image

@@ -24,6 +24,7 @@ from diffward.report.verdict import (
     not_run_question,
     overall,
 )
+from diffward.report.weights import Drawn
 
 SCORES_FILE = "scores.csv"
 
@@ -31,7 +32,7 @@ SCORES_FILE = "scores.csv"
 class PerImage(TypedDict):
     """One entry for each picture, in one order; `scores` by attack, higher = member.
 
-    `thumbnails`: data URIs (data:image/...) or None, shown in the page only.
+    `thumbnails`: data URIs (data:image/...) or None, shown in the page only. `drawn`: what was drawn from the weights, too.
     """
 
     file: Sequence[str]
@@ -39,6 +40,7 @@ class PerImage(TypedDict):
     member: Sequence[bool]
     scores: Mapping[str, Sequence[float]]
     thumbnails: NotRequired[Sequence[str | None]]
+    drawn: NotRequired[Sequence[Drawn]]
 
 
 def build_report(

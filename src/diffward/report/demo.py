@@ -17,8 +17,9 @@ from diffward.models.mini import world
 from diffward.models.mini.attributes import IDENTITY, Person, phrase, word
 from diffward.models.mini.reader import load_reader
 from diffward.models.sampling import sample
-from diffward.report.audit import AuditOptions, audit_lora, sides_of_split, thumbnail
+from diffward.report.audit import AuditOptions, audit_lora, sides_of_split
 from diffward.report.build import write_report
+from diffward.report.images import thumbnail
 from diffward.report.index import Card, ImageGroup, write_index
 
 if TYPE_CHECKING:

@@ -84,8 +84,17 @@ def render_report(
     worst = sorted(report["questions"], key=lambda q: -rank(q["level"]) if q["level"] else -9)
     context["advice"] = list(dict.fromkeys(a for q in worst for a in q["advice"]))
     context.update(
-        plots=None, rows=[], hidden_rows=0, columns=[], exposed=[], series=SERIES, found=None
+        plots=None,
+        rows=[],
+        hidden_rows=0,
+        columns=[],
+        exposed=[],
+        series=SERIES,
+        found=None,
+        drawn=[],
     )
+    if per_image is not None:
+        context["drawn"] = _drawn(per_image.get("drawn") or [])
     if report["membership"]:
         context["found"] = membership_view(report)
         names = list(context["found"]["attacks"])
@@ -196,6 +205,20 @@ def _boxes(membership: Mapping[str, Any], refused: bool) -> list[dict[str, str]]
             }
         )
     return boxes
+
+
+def _drawn(groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """Pictures drawn from the weights, with embedded bitmaps only."""
+    return [
+        {
+            **group,
+            "pairs": [
+                {**pair, "drawn": safe_image(pair["drawn"]), "nearest": safe_image(pair["nearest"])}
+                for pair in group["pairs"]
+            ],
+        }
+        for group in groups
+    ]
 
 
 def _plots(names: Sequence[str], per_image: PerImage) -> dict[str, Any]:

@@ -134,6 +134,22 @@ def open_audited(path: str | Path, *, shadows: int = 0) -> Audited:
     return AuditedModel(model)
 
 
+def reads(path: str | Path) -> bool:
+    """Whether a shipped inverter knows all modules of a LoRA: then it can be read without pictures."""
+    from diffward.inversion.inverter import SHIPPED, facts_of
+    from diffward.models.full import find_full
+
+    if find_full(path) is not None:
+        return False
+    entries = open_lora(path).entries
+    known = [facts for file in SHIPPED.glob("*.safetensors") if (facts := facts_of(file))]
+    return any(
+        entries
+        and all(list(entry.shape) == facts.modules.get(name) for name, entry in entries.items())
+        for facts in known
+    )
+
+
 def exposure_of(runs: list[Path], tune: str, metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """{passes, steps, source}: how often training saw each picture, if something tells.
 

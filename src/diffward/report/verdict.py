@@ -86,6 +86,18 @@ _HEADLINES: dict[tuple[str, Level], str] = {
     ("membership", "high"): "This file largely gives away which pictures it was trained on.",
     ("membership", "medium"): "This file partly gives away which pictures it was trained on.",
     ("membership", "low"): "This file hints at which pictures it was trained on.",
+    ("identity", "high"): "This file gives away who is in the training pictures.",
+    ("identity", "low"): "This file may give away who is in the training pictures.",
+    ("copies", "critical"): "This file draws copies of its training pictures.",
+    ("copies", "high"): "This file draws near copies of its training pictures.",
+    ("copies", "medium"): "This file draws pictures that come near its training pictures.",
+    (
+        "copies",
+        "low",
+    ): "This file draws pictures a little nearer to its training pictures than to others.",
+    ("prompt", "medium"): "This file lets a guessed training caption be confirmed.",
+    ("prompt", "low"): "This file hints at its training captions.",
+    ("dataset_size", "low"): "This file tells roughly how many pictures it was trained on.",
     ("metadata", "high"): "{header} spells out details of the training data.",
     ("metadata", "medium"): "{header} names folders, paths or people.",
     ("metadata", "low"): "{header} tells minor details of the training.",
@@ -159,7 +171,7 @@ def auc_level(attack: Attack, attacks_tried: int = 1) -> Level:
     lower = _lower(attack, attacks_tried)
     if lower <= 0.5 or not attack["p_holm"] < HOLM:
         return "none_shown"
-    estimate, floor = _step(attack["auc_signfree"], AUC_STEPS), _step(lower, AUC_STEPS)
+    estimate, floor = step_level(attack["auc_signfree"], AUC_STEPS), step_level(lower, AUC_STEPS)
     return LEVELS[min(rank(estimate), rank(floor) + 1)]
 
 
@@ -184,7 +196,7 @@ def tail_level(attack: Attack, attacks_tried: int = 1) -> tuple[Level, str | Non
             continue
         lower = beta.ppf(luck, hits, members - hits + 1)
         expected = max(float(key), (wrong + 1) / (others + 1))
-        level = _step(lower / expected, TPR_STEPS)
+        level = step_level(lower / expected, TPR_STEPS)
         if rank(level) > rank(best[0]):
             best = (level, key)
     return best
@@ -308,7 +320,15 @@ def overall(questions: Sequence[Question], subject: str = "lora") -> Overall:
     if not made:
         return {"level": None, "claim": "refused", "headline": whys}
     # Of equals the one about pictures is named first: a header can be scrubbed in a second.
-    worst = max(made, key=lambda question: (rank(question["level"]), question["id"] != "metadata"))
+    order = {
+        "metadata": 0,
+        "dataset_size": 0,
+        "prompt": 1,
+        "copies": 2,
+        "identity": 3,
+        "membership": 4,
+    }
+    worst = max(made, key=lambda question: (rank(question["level"]), order[question["id"]]))
     level = worst["level"]
     assert level is not None
     if level == "none_shown":
@@ -375,7 +395,8 @@ def _first_sentence(text: str) -> str:
     return text.split(". ")[0].rstrip(".") + "."
 
 
-def _step(value: float, steps: tuple[tuple[float, Level], ...]) -> Level:
+def step_level(value: float, steps: tuple[tuple[float, Level], ...]) -> Level:
+    """The level of the first bound that a value reaches."""
     return next((level for bound, level in steps if value >= bound), "none_shown")
 
 

@@ -1,0 +1,249 @@
+"""The part of an audit that starts from the weights alone: who, which words, how many pictures, copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+
+import numpy as np
+
+from diffward.errors import InputError
+from diffward.report.images import thumbnail
+from diffward.report.schema import Question
+from diffward.report.weights_verdict import (
+    copies_question,
+    identity_question,
+    prompt_question,
+    size_question,
+    subject_question,
+)
+
+if TYPE_CHECKING:
+    from diffward.data import Pictures
+    from diffward.inversion.inverter import Inverter
+    from diffward.lora import LoraWeights
+    from diffward.models.denoiser import Denoiser
+    from diffward.models.eyes import Eye
+    from diffward.report.sides import Sides
+
+SHOWN = 4  # pictures of each way of drawing
+AUTO_LATENTS = 16 * 16  # copies are looked for without being asked for up to this size of latents
+DRAWN = 64
+
+
+class Pair(TypedDict):
+    """A drawn picture beside the owner's nearest; data URIs, shown in the page only."""
+
+    drawn: str
+    nearest: str
+    file: str
+    closeness: float
+
+
+class Drawn(TypedDict):
+    """Pictures drawn one way; `control` where nothing of the file is in them."""
+
+    title: str
+    control: bool
+    pairs: list[Pair]
+    note: NotRequired[str]
+
+
+@dataclass(frozen=True)
+class WeightsOptions:
+    """What is asked of the weights.
+
+    Attributes:
+        inverter: file of `diffward inverter train`; the shipped one for the base by default, if there is one.
+        draws: pictures drawn to look for copies; None: 64 where the latents are small, else none.
+        enabled: whether anything is asked.
+    """
+
+    inverter: Path | None = None
+    draws: int | None = None
+    enabled: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.draws is not None and self.draws < 0:
+            raise InputError(f"--draws {self.draws}: must be 0 or above")
+
+
+def audit_weights(
+    denoiser: Denoiser, weights: LoraWeights, sides: Sides | None, options: WeightsOptions
+) -> tuple[list[Question], list[Drawn], list[str]]:
+    """The questions about weights, pictures for the page (only beside pictures of the owner's), and notes.
+
+    Args:
+        weights: as read from the file; attached to `denoiser` where something is drawn.
+        sides: the owner's pictures; without them there are scores and no pictures (guard rail).
+    """
+    from diffward.inversion.inverter import open_inverter
+
+    if not options.enabled:
+        return [], [], []
+    inverter = open_inverter(options.inverter, denoiser)
+    weights = weights.resolve(denoiser.module_shapes())
+    questions: list[Question] = []
+    drawn: list[Drawn] = []
+    notes: list[str] = []
+    if inverter is not None:
+        try:
+            found, drawn = _read(inverter, denoiser, weights, sides, options)
+            questions += found
+        except InputError as error:
+            notes.append(f"the inverter was not asked: {error}")
+    else:
+        notes.append(
+            "no inverter for this base: who is in the pictures was not asked (diffward zoo build, inverter train)"
+        )
+    if sides is not None and any(sides.members.captions):
+        try:
+            questions.append(_prompt(inverter, denoiser, weights, sides, options))
+        except InputError as error:
+            notes.append(f"words: {error}")
+    if sides is not None and (count := _draws(denoiser, options)):
+        questions.append(_copies(inverter, denoiser, weights, sides, count, options))
+    return questions, drawn, notes
+
+
+def _read(
+    inverter: Inverter,
+    denoiser: Denoiser,
+    weights: LoraWeights,
+    sides: Sides | None,
+    options: WeightsOptions,
+) -> tuple[list[Question], list[Drawn]]:
+    from diffward.inversion.findings import identity_finding, size_finding, subject_finding
+
+    tokens = inverter.tokens(weights, denoiser)
+    subject, accuracy = subject_finding(inverter, tokens), inverter.facts.held_out["encoder"]
+    size = size_question(size_finding(inverter, tokens), len(sides.members) if sides else None)
+    if sides is None:
+        return [subject_question(subject, accuracy), size], []
+    eye = _eye(inverter, denoiser)
+    pixels = sides.members.pixels(denoiser.resolution)
+    features = eye.features(pixels)
+    finding = identity_finding(inverter, tokens, features, options.seed)
+    question = identity_question(finding, subject, accuracy)
+    drawn = []
+    if inverter.facts.drawn["latents"] == list(denoiser.latent_shape):
+        drawn = _pictures(
+            inverter,
+            denoiser,
+            weights,
+            tokens,
+            eye,
+            (pixels, features, sides.members),
+            options.seed,
+        )
+    return [question, size], drawn
+
+
+def _pictures(
+    inverter: Inverter, denoiser: Denoiser, weights: LoraWeights, tokens: Any, eye: Eye,
+    real: tuple[np.ndarray, np.ndarray, Pictures], seed: int,
+) -> list[Drawn]:  # fmt: skip
+    """Each decoder's pictures beside the owner's nearest; the control is the base on z of shuffled weights."""
+    from diffward.inversion.decoders import DECODERS
+    from diffward.inversion.findings import nearest, shuffled_tokens
+
+    pixels, features, pictures = real
+    z = inverter.read(tokens).mu.expand(SHOWN, -1)
+    mixed = inverter.read(shuffled_tokens(tokens, SHOWN, seed)).mu
+    seeds = [seed * 1_000_003 + i for i in range(SHOWN)]
+    denoiser.attach(weights)
+    ways = [
+        ("From the weights, by the untouched base model", "base", z, SHOWN), ("The mean picture, without any model that draws", "latent", z, 1),
+        ("From the weights, by the fine-tuned model", "victim", z, SHOWN),
+        ("Control: the same weights, shuffled", "base", mixed, SHOWN),
+    ]  # fmt: skip
+    found: list[Drawn] = []
+    for title, name, key, count in ways:
+        made = DECODERS[name].obj(inverter, denoiser, key[:count], seeds[:count])
+        rows, close = nearest(inverter, eye.features(made), features)
+        pairs: list[Pair] = [
+            {
+                "drawn": thumbnail(picture), "nearest": thumbnail(pixels[row]),
+                "file": pictures[int(row)].name or pictures[int(row)].path.name, "closeness": float(value),
+            }
+            for picture, row, value in zip(made, rows, close, strict=True)
+        ]  # fmt: skip
+        found.append({"title": title, "control": title.startswith("Control"), "pairs": pairs})
+    return found
+
+
+def _prompt(
+    inverter: Inverter | None,
+    denoiser: Denoiser,
+    weights: LoraWeights,
+    sides: Sides,
+    options: WeightsOptions,
+) -> Question:
+    """The most frequent caption, under the file's evidence and under other LoRAs'."""
+    from collections import Counter
+
+    from diffward.inversion.prompt import Words, caption_fit, decode, evidence, metric
+
+    if inverter is None or not len(inverter.text_others):
+        raise InputError("without an inverter there are no other LoRAs to compare with; not asked")
+    caption, times = Counter(c for c in sides.members.captions if c).most_common(1)[0]
+    found, words = evidence(weights), Words(denoiser, options.seed)
+    others = inverter.text_others @ inverter.text_others.mT
+    discounted = metric(inverter.moment)
+    fit = caption_fit(found, others, words, caption, discounted, seed=options.seed)
+    guess = decode(found, words, length=min(6, len(words.ids(caption))), metric=discounted)[0]
+    return prompt_question(fit, guess.text, times, len(sides.members))
+
+
+def _copies(
+    inverter: Inverter | None,
+    denoiser: Denoiser,
+    weights: LoraWeights,
+    sides: Sides,
+    count: int,
+    options: WeightsOptions,
+) -> Question:
+    """Pictures drawn with extrapolated guidance, near training pictures or as near others; and the base's own."""
+    from diffward.inversion.extraction import copy_scores, extract
+
+    eye = _eye(inverter, denoiser)
+    denoiser.attach(weights)
+    members, others = (
+        eye.features(s.pixels(denoiser.resolution)) for s in (sides.members, sides.non_members)
+    )
+    centre = others.mean(0)
+    captions = [c for c in dict.fromkeys(sides.members.captions) if c][:8]
+    prompts = (
+        {"the training captions": captions, "the empty caption": [""]}
+        if captions
+        else {"the empty caption": [""]}
+    )
+    scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, texts in prompts.items():
+        conditioning = denoiser.condition(texts)
+        for weight, who in ((3.0, ""), (0.0, ", by the base alone")):
+            made = extract(
+                denoiser, conditioning, eye, count=count, weight=weight, seed=options.seed
+            )
+            scores[name + who] = (
+                copy_scores(made.features, members, centre), copy_scores(made.features, others, centre),
+            )  # fmt: skip
+    return copies_question(scores, count)
+
+
+def _draws(denoiser: Denoiser, options: WeightsOptions) -> int:
+    if options.draws is not None:
+        return options.draws
+    height, width = denoiser.latent_shape[1:]
+    return DRAWN if height * width <= AUTO_LATENTS or denoiser.device.type == "cuda" else 0
+
+
+def _eye(inverter: Inverter | None, denoiser: Denoiser) -> Eye:
+    """The inverter's; without one the autoencoder's own latents."""
+    from diffward.models.eyes import Latents, open_eye
+
+    if inverter is None:
+        return Latents(denoiser)
+    return open_eye(inverter.facts.eye, str(denoiser.device))
