@@ -358,3 +358,35 @@ def test_batches_shrink_as_pictures_grow(denoiser, monkeypatch):
     monkeypatch.setattr(denoiser, "resolution", 512)
     monkeypatch.setattr(denoiser, "latent_shape", (4, 64, 64))
     assert (denoiser.vae_batch, denoiser.unet_batch) == (2, 16)
+
+
+@pytest.mark.parametrize("trained", ["an adapter", "what the base is shown"])
+def test_gradients_in_half_precision_on_the_cpu(trained):
+    """Of bf16 and of fp32, for the embedded base: they point the same way."""
+    from diffward.models.load import load_base
+    from diffward.models.mini import world
+
+    drawings, gradients, losses = [world.sample([3, i]) for i in range(4)], [], []
+    for precision in ("fp32", "bf16"):
+        denoiser = load_base("mini", device="cpu", precision=precision)
+        latents = denoiser.encode(np.stack([d.pixels for d in drawings]))
+        text = denoiser.condition([d.caption for d in drawings])
+        eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            adapter = denoiser.inject(
+                4, 4.0, ["to_k", "to_v", "conv1"], text_encoder=False, init=False
+            )
+        for p in adapter.parameters()[1::2]:
+            p.data.mul_(0.01)
+        wanted = adapter.parameters() if trained == "an adapter" else [text.requires_grad_()]
+        errors = denoiser.errors(latents, torch.tensor([20, 300, 600, 950]), eps, text)
+        assert errors.dtype == torch.float32
+        found = torch.autograd.grad(errors.mean(), wanted)
+        assert all(g.dtype == torch.float32 for g in found)
+        gradients.append(torch.cat([g.flatten() for g in found]))
+        losses.append(float(errors.detach().mean()))
+    full, half = gradients
+    assert torch.cosine_similarity(full, half, dim=0) > 0.99
+    assert float(half.norm() / full.norm()) == pytest.approx(1, abs=0.05)
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]

@@ -4,12 +4,13 @@ from typing import Any, Literal
 
 
 def listing(
-    what: Literal["attacks", "methods", "guards", "metrics", "bases"], json: bool = False
+    what: Literal["attacks", "methods", "decoders", "guards", "metrics", "bases"],
+    json: bool = False,
 ) -> None:
     """What diffward knows of, with paper, access needed and cost.
 
     Args:
-        what: attacks, methods, guards, metrics or bases.
+        what: attacks, methods, decoders, guards, metrics or bases.
         json: print JSON.
     """
     rows = _rows(what)
@@ -35,6 +36,8 @@ def _rows(what: str) -> list[dict[str, Any]]:
         from diffward.membership.evaluate import ATTACKS as registry
     elif what == "methods":
         from diffward.finetune import METHODS as registry  # type: ignore[assignment]
+    elif what == "decoders":
+        from diffward.inversion.decoders import DECODERS as registry  # type: ignore[assignment]
     elif what == "guards":
         from diffward.guard import GUARDS as registry  # type: ignore[assignment]
     else:

@@ -33,7 +33,10 @@ COMMANDS = {
         "freeze what a forbidden domain needs: learn, apply, train, verify, evaluate",
     ),
     "bench": ("bench", "measure: the tables of bench/, in a checkout"),
-    "list": ("listing", "attacks, methods, guards and metrics, with paper, access needed and cost"),
+    "list": (
+        "listing",
+        "attacks, methods, decoders, guards and metrics, with paper, access needed and cost",
+    ),
     "doctor": ("doctor", "is everything here that diffward needs?"),
     "cite": ("cite", "the papers behind what diffward does"),
 }

@@ -22,6 +22,7 @@ from diffward.inversion.zoo import (
     Head,
     Row,
     Zoo,
+    need_parquet,
     read_head,
     read_manifest,
     rows_of,
@@ -63,11 +64,21 @@ def build_zoo(
     LoRA number i is of subject number i (modulo the subjects that there are). Raises InputError: another build is
     at work in the folder, the folder's zoo is another one, or the subjects do not fit the base.
     """
-    for name, value in (("count", count), ("per-shard", per_shard), ("workers", workers)):
-        if value < 1:
-            raise InputError(f"--{name} {value}: must be at least 1")
+    for name, value, least in (
+        ("count", count, 1),
+        ("per-shard", per_shard, 1),
+        ("workers", workers, 1),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise InputError(f"--{name} {value}: must be at least {least}")
+    if not 0 <= test_share < 2 / 3:
+        raise InputError(
+            f"--test-share {test_share}: must be 0 or above, and below 2/3 so that some subjects train"
+        )
     if cluster not in (None, "ray"):
         raise InputError(f"--cluster {cluster}: choose ray, or leave it out")
+    need_parquet()
     with locked(folder):
         denoiser = source.load(resolution)
         subjects = open_subjects(subjects_name, seed=seed, side=denoiser.resolution)
@@ -118,13 +129,14 @@ def build_shard(
             if step in saves[job] and not file.exists():
                 _write_save(file, adapter, k)
 
-    train_many(denoiser, jobs, checkpoint=work / "training.pt", at_once=len(jobs), on_step=keep)
-    file = shard_file(folder, shard)
-    _join(
-        [work / f"{k}-{step}.safetensors" for k, steps in enumerate(saves) for step in steps],
-        head,
-        file,
-    )
+    file, checkpoint = shard_file(folder, shard), work / "training.pt"
+    files = [work / f"{k}-{step}.safetensors" for k, steps in enumerate(saves) for step in steps]
+    train_many(denoiser, jobs, checkpoint=checkpoint, at_once=len(jobs), on_step=keep)
+    if not all(save.exists() for save in files):
+        # Stopped while saves were written: the checkpoint is past them. From the start, for these alone.
+        checkpoint.unlink()
+        train_many(denoiser, jobs, checkpoint=checkpoint, at_once=len(jobs), on_step=keep)
+    _join(files, head, file)
     labels = [subjects.label(identity) for identity in identities]
     rows = rows_of(head, shard, numbers, recipes, saves, labels, identities)
     return shard, rows, sha256_file(file)
@@ -174,6 +186,8 @@ def _made(
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((getattr(pool, "_processes", None) or {}).values()):
+                process.terminate()  # as Ctrl-C would: they save their checkpoints
             raise
 
 
@@ -182,9 +196,14 @@ _WORKER: list[Callable[[int], tuple[int, list[Row], str]]] = []
 
 def _start(folder: Path, source: Source, head: Head, ranges: Ranges, workers: int) -> None:
     import os
+    import signal
 
     import torch
 
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     denoiser = source.load(head.resolution)
     subjects = open_subjects(head.subjects, seed=head.seed, side=denoiser.resolution)

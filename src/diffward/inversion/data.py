@@ -59,6 +59,17 @@ class Data:
             self, rows=[self.rows[i] for i in numbers], tokens=self.tokens.of(index), **fields
         )
 
+    def last(self, subject: bool | None = True) -> Data:
+        """The last save of each LoRA that has a subject, that has none, or (None) of every one."""
+        best: dict[tuple[int, int, int], int] = {}
+        for i, (row, there) in enumerate(zip(self.rows, self.subject.tolist(), strict=True)):
+            # Several zoos number their LoRAs alike; their seeds differ.
+            key = (row.lora, row.recipe["seed"], row.identity)
+            wanted = subject is None or bool(there) == subject
+            if wanted and (key not in best or row.step > self.rows[best[key]].step):
+                best[key] = i
+        return self.of(sorted(best.values()))
+
     def join(self, other: Data) -> Data:
         fields = {
             k: torch.cat([v, getattr(other, k)])
@@ -107,11 +118,11 @@ def identity_vectors(
     return {number: space.of(one) for number, one in zip(distinct, features, strict=True)}
 
 
-def gallery_numbers(subjects: Subjects, zoo: Zoo) -> list[int]:
+def gallery_numbers(subjects: Subjects, zoo: Zoo, most: int = GALLERY) -> list[int]:
     """Strangers to compare with: such as no LoRA of the zoo has, or where subjects are few, those not held out."""
-    if len(subjects) >= STRANGERS + GALLERY:
-        return list(range(STRANGERS, STRANGERS + GALLERY))
-    return sorted({row.identity for row in zoo.of_split("train", "valid")})[:GALLERY]
+    if len(subjects) >= STRANGERS + most:
+        return list(range(STRANGERS, STRANGERS + most))
+    return sorted({row.identity for row in zoo.of_split("train", "valid")})[:most]
 
 
 def features_of(subjects: Subjects, numbers: Sequence[int], eye: Eye) -> list[np.ndarray]:

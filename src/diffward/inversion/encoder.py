@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         head = [t.expand(len(x), -1) for t in self.start]
         if log_step is not None and self.config.step_token:
             known = log_step.isfinite()
-            head[1] = torch.where(known[:, None], self.step(_waves(log_step.nan_to_num())), head[1])
+            head[1] = torch.where(known[:, None], self.step(waves(log_step.nan_to_num())), head[1])
         if self.read is not None:
             head.append(self.read(floor))
         body = self.body(torch.cat([torch.stack(head, 1), x], 1))[:, 0]
@@ -126,7 +126,7 @@ def contrast(found: Tensor, wanted: Tensor, groups: Tensor, temperature: float =
     return F.cross_entropy(close.masked_fill(same, -math.inf), place, reduction="none")
 
 
-def _waves(log_step: Tensor) -> Tensor:
+def waves(log_step: Tensor) -> Tensor:
     """Sinusoids (n, 32) of the log of the step."""
     frequencies = torch.exp(torch.linspace(math.log(0.3), math.log(20), 16, device=log_step.device))
     angles = log_step[:, None] * frequencies

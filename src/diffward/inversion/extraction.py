@@ -62,7 +62,8 @@ def extrapolate(
         generators: one a picture, on the CPU.
         weight: 0 is the base, 1 the LoRA's model, more goes on in the same direction.
         reference: conditioning (1 or n, L, D) of the base, as that of the empty caption; the same as the LoRA's
-            by default. The paper has both: the first turns the guidance of classifier-free guidance into its own.
+            by default. The paper has both, the first as a model that is guided by the caption too. Where the LoRA
+            adapts the text encoder, the base's is to be given.
 
     Raises:
         RuntimeError: no adapter is attached.

@@ -49,9 +49,9 @@ class IdentityFinding:
 
 @dataclass(frozen=True)
 class SubjectFinding:
-    """Whether the weights hold a subject at all: log odds, and how many LoRAs without one reach them."""
+    """Whether the weights hold a subject at all: the floor's score (about 1 if so, 0 if not), and LoRAs without one that reach it."""
 
-    log_odds: float
+    score: float
     p_value: float
     empty: int
 
@@ -91,8 +91,8 @@ def subject_finding(inverter: Inverter, tokens: Tokens) -> SubjectFinding | None
     """None where the inverter has seen no LoRA without a subject to compare with."""
     if not len(inverter.empty):
         return None
-    odds = inverter.read(tokens).subject[0]
-    return SubjectFinding(float(odds), _p(inverter.empty, odds), len(inverter.empty))
+    score = inverter.read(tokens).floor[0, -1]
+    return SubjectFinding(float(score), _p(inverter.empty, score), len(inverter.empty))
 
 
 def size_finding(inverter: Inverter, tokens: Tokens) -> SizeFinding:

@@ -82,7 +82,7 @@ class Inverter(nn.Module):
     Attributes:
         gallery, others: identity vectors of strangers, and what the encoder reads of LoRAs of subjects that it never
             saw: the two null distributions of an audit.
-        empty: the subject head's log odds of LoRAs that hold no subject.
+        empty: the floor's score of there being a subject, of LoRAs that hold none.
         moment, text_others: along which text states LoRAs learn, in the mean (D, D) and some held-out ones, factored.
     """
 

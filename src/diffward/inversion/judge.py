@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from diffward.metrics.shares import wilson
 
 if TYPE_CHECKING:
-    from diffward.inversion.data import Data
     from diffward.inversion.inverter import Inverter, Reading
     from diffward.inversion.learn import Material
+    from diffward.inversion.tokens import Tokens
 
 CONTROLS = ("own", "shuffled", "other", "mean")
 
@@ -58,15 +58,12 @@ def controlled(reading: Tensor, shuffled: Tensor, control: str, seed: int = 0) -
     return reading.mean(0, keepdim=True).expand(len(reading), -1)
 
 
-def shuffle_tokens(data: Data, seed: int = 0) -> Data:
+def shuffle_tokens(tokens: Tokens, seed: int = 0) -> Tokens:
     """The same LoRAs with the entries of each core in random order: norms and spectra stay, directions are lost."""
-    from dataclasses import replace
-
     g = torch.Generator().manual_seed(seed)
-    cores = data.tokens.cores.flatten(2)
+    cores = tokens.cores.flatten(2)
     order = torch.rand(cores.shape, generator=g).argsort(-1)
-    tokens = replace(data.tokens, cores=cores.gather(-1, order).view_as(data.tokens.cores))
-    return replace(data, tokens=tokens)
+    return replace(tokens, cores=cores.gather(-1, order).view_as(tokens.cores))
 
 
 def attribute_accuracy(reading: Reading, labels: Tensor) -> float | None:
@@ -96,11 +93,11 @@ def floor_identity(reading: Reading, size: int) -> Tensor:
 @torch.no_grad()
 def held_out(inverter: Inverter, material: Material) -> dict[str, Any]:
     """Figures on the test split's last saves, the step not told; shuffled weights beside, which must be at chance."""
-    data = material.last(material.test)
+    data = material.test.last()
     reading = inverter.read(data.tokens)
     own = inverter.standard_identity(data.identity)
     found: dict[str, Any] = {}
-    shuffled = inverter.read(shuffle_tokens(data).tokens)
+    shuffled = inverter.read(shuffle_tokens(data.tokens))
     for name, vectors in (
         ("encoder", reading.identity), ("floor", floor_identity(reading, inverter.facts.identity)),
         ("shuffled", shuffled.identity),
@@ -124,6 +121,6 @@ def held_out(inverter: Inverter, material: Material) -> dict[str, Any]:
 
 def _quantiles(material: Material, inverter: Inverter, name: str) -> list[float]:
     """Of truth less reading, on the validation LoRAs: what to add for a 95 % interval."""
-    data = material.last(material.valid)
+    data = material.valid.last()
     rest = getattr(data, name) - getattr(inverter.read(data.tokens), name)
     return [float(rest.quantile(q)) for q in (0.025, 0.975)]

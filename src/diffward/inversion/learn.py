@@ -14,13 +14,15 @@ from torch.nn import functional as F
 
 from diffward.errors import InputError
 from diffward.inversion.data import (
+    GALLERY,
     Data,
     features_of,
     gallery_numbers,
     gather,
     identity_vectors,
 )
-from diffward.inversion.encoder import EncoderConfig, contrast, kl
+from diffward.inversion.encoder import EncoderConfig
+from diffward.inversion.fit import Encode, fit_encoder
 from diffward.inversion.floor import Floor
 from diffward.inversion.identity import IdentitySpace
 from diffward.inversion.inverter import Facts, Inverter
@@ -29,7 +31,6 @@ from diffward.inversion.prompt import zoo_evidence
 from diffward.inversion.subjects import open_subjects
 from diffward.inversion.teach import Pupil, train_latents, train_prompt
 from diffward.inversion.tokens import SIDE, Basis
-from diffward.stage import cosine, run_stage, set_rate
 
 if TYPE_CHECKING:
     from diffward.inversion.subjects import Subjects
@@ -92,19 +93,10 @@ class Material:
     test: Data
     gallery: Tensor
 
-    @property
-    def empty(self) -> Data:
-        """Validation LoRAs that hold no subject."""
-        return self.valid.of((self.valid.subject == 0).nonzero()[:, 0].tolist())
 
-    def last(self, data: Data) -> Data:
-        """The last saves of LoRAs that have a subject."""
-        keep = {id(row) for row in self.zoo.last_saves(data.rows)}
-        there = data.subject.tolist()
-        return data.of([i for i, row in enumerate(data.rows) if id(row) in keep and there[i]])
-
-
-def prepare(zoo: Zoo, eye: Eye, side: int = SIDE, empty: Sequence[Zoo] = ()) -> Material:
+def prepare(
+    zoo: Zoo, eye: Eye, side: int = SIDE, empty: Sequence[Zoo] = (), strangers: int = GALLERY
+) -> Material:
     """Bases, identity vectors and tokens of a zoo, and of zoos of LoRAs that hold no subject of its kind.
 
     Raises:
@@ -136,9 +128,9 @@ def prepare(zoo: Zoo, eye: Eye, side: int = SIDE, empty: Sequence[Zoo] = ()) -> 
         for other in empty:
             if rows := other.of_split(name):
                 data[name] = data[name].join(gather(other, rows, basis, None, space.size, count))
-    strangers = identity_vectors(subjects, gallery_numbers(subjects, zoo), eye, space)
+    gallery = identity_vectors(subjects, gallery_numbers(subjects, zoo, strangers), eye, space)
     return Material(
-        zoo, subjects, eye, basis, space, data["train"], data["valid"], data["test"], torch.stack(list(strangers.values())),
+        zoo, subjects, eye, basis, space, data["train"], data["valid"], data["test"], torch.stack(list(gallery.values())),
     )  # fmt: skip
 
 
@@ -148,11 +140,20 @@ def train_inverter(
     """The floor in closed form, the encoder, and (with a base) the decoders; resumable from `work`."""
     data = material.train
     if settings.saves == "last":
-        keep = {id(row) for row in material.zoo.last_saves(data.rows)}
-        data = data.of([i for i, row in enumerate(data.rows) if id(row) in keep])
+        data = data.last(None)
     inverter, unseen = _start(material, data, settings, denoiser)
     run = _run_identity(material, settings)
-    _train_encoder(inverter, data, unseen, settings, work, run)
+    inverter.train()
+    fit_encoder(
+        inverter.heads,
+        inverter.encoder,
+        _noisy(inverter, data, unseen, settings),
+        data,
+        inverter.standard_identity(data.identity),
+        settings,
+        work,
+        run,
+    )
     inverter.eval()
     with torch.no_grad():
         z = _encode(inverter, data, unseen)
@@ -161,18 +162,26 @@ def train_inverter(
         train_latents(pupil)
         if settings.prompt_steps:
             train_prompt(pupil, settings.prompt_steps)
-    _finish(inverter, material)
+    _finish(inverter, material, data, unseen)
     return inverter.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def _finish(inverter: Inverter, material: Material) -> None:
+def _finish(inverter: Inverter, material: Material, data: Data, unseen: Tensor) -> None:
     """What is known only of the trained network: readings of held-out LoRAs, and how good they are."""
-    inverter.others.copy_(inverter.read(material.last(material.valid).tokens).identity)
-    if len(material.empty):
-        inverter.empty.copy_(inverter.read(material.empty.tokens).subject)
+    inverter.others.copy_(inverter.read(material.valid.last().tokens).identity)
+    inverter.empty.copy_(_empty_scores(inverter, material, data, unseen))
     _text(inverter, material.zoo)
     inverter.facts = replace(inverter.facts, held_out=held_out(inverter, material))
+
+
+def _empty_scores(inverter: Inverter, material: Material, data: Data, unseen: Tensor) -> Tensor:
+    """What the floor says of a subject in LoRAs that hold none, each unseen: out of fold, or of the validation part."""
+    place = {id(row): i for i, row in enumerate(data.rows)}
+    train = unseen[[place[id(row)] for row in data.last(subject=False).rows], -1]
+    return torch.cat(
+        [train, inverter.floor(material.valid.last(subject=False).tokens.cores)[:, -1]]
+    )
 
 
 def _text(inverter: Inverter, zoo: Zoo) -> None:
@@ -214,9 +223,12 @@ def _start(
         }
     sizes = {
         "gallery": len(material.gallery),
-        "others": len(material.last(material.valid)),
-        "empty": len(material.empty),
+        "others": len(material.valid.last()),
+        "empty": len(data.last(subject=False)) + len(material.valid.last(subject=False)),
+        "text": 0,
     }
+    if denoiser is not None:
+        sizes["text"] = min(TEXTS, sizes["others"])
     torch.manual_seed(settings.seed)
     inverter = Inverter(Facts(
         base=head.base, base_identity=head.base_identity, modules=head.modules, side=settings.side, eye=material.eye.name,
@@ -260,69 +272,19 @@ def _heads_at_floor(inverter: Inverter) -> None:
     heads.counts.bias.copy_(centre[place : place + 2])
 
 
-def _train_encoder(
-    inverter: Inverter, data: Data, unseen: Tensor, settings: InverterSettings, work: Path, run: str
-) -> None:
-    parameters = [*inverter.encoder.parameters(), *inverter.heads.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters, settings.lr, weight_decay=settings.weight_decay, foreach=True
-    )
-    steps = max(1, settings.epochs * len(data) // settings.batch)
+def _noisy(inverter: Inverter, data: Data, unseen: Tensor, settings: InverterSettings) -> Encode:
+    """How training sees a row: with noise on the cores, and with what the floor says of it unseen."""
     noise = settings.noise * data.tokens.cores.float().std()
-    groups, tokens = torch.tensor(data.groups), inverter.standard(data.tokens)
-    wanted = inverter.standard_identity(data.identity)
-    floor = inverter.standard_floor(unseen)
-    inverter.train()
+    tokens, floor = inverter.standard(data.tokens), inverter.standard_floor(unseen)
 
-    def step(number: int) -> dict[str, float]:
-        set_rate(optimizer, settings.lr * cosine(number, steps, warmup=min(100, steps // 10 + 1)))
-        with torch.random.fork_rng():
-            torch.manual_seed(settings.seed * 1_000_003 + number)
-            rows = torch.randint(len(data), (settings.batch,))
-            some = tokens.of(rows)
-            cores = some.cores.float()
-            some = replace(some, cores=cores + noise * torch.randn_like(cores))
-            log_step = data.log_steps[rows].masked_fill(torch.rand(len(rows)) < 0.5, torch.nan)
-            mu, logvar = inverter.encoder(some, None if floor is None else floor[rows], log_step)
-            z = mu + torch.randn_like(mu) * (0.5 * logvar).exp() if settings.kl else mu
-        losses = _losses(inverter, inverter.heads(z), data, rows, wanted[rows], groups[rows])
-        losses["kl"] = kl(mu, logvar, settings.free)
-        loss = sum(v for k, v in losses.items() if k != "kl") + settings.kl * losses["kl"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[union-attr]
-        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
-        optimizer.step()
-        return {key: float(value.detach()) for key, value in losses.items()}
+    def encode(rows: Tensor, log_step: Tensor) -> tuple[Tensor, Tensor]:
+        some = tokens.of(rows)
+        cores = some.cores.float()
+        some = replace(some, cores=cores + noise * torch.randn_like(cores))
+        mu, logvar = inverter.encoder(some, None if floor is None else floor[rows], log_step)
+        return mu, logvar
 
-    state = {"encoder": inverter.encoder, "heads": inverter.heads, "optimizer": optimizer}
-    run_stage("encoder", steps, step, state, work / "encoder.pt", run=run)
-
-
-def _losses(
-    inverter: Inverter,
-    found: dict[str, Tensor],
-    data: Data,
-    rows: Tensor,
-    wanted: Tensor,
-    groups: Tensor,
-) -> dict[str, Tensor]:
-    """Each head's mean loss; rows without a subject count for the subject's head alone."""
-    there = data.subject[rows] > 0
-    vectors, own = found["identity"][there], wanted[there]
-    losses = {
-        "identity": contrast(vectors, own, groups[there]).mean(),
-        "vector": F.mse_loss(vectors, own),
-        "pictures": F.mse_loss(found["pictures"][there], data.log_pictures[rows][there]),
-        "steps": F.mse_loss(found["steps"], data.log_steps[rows]),
-        "subject": F.binary_cross_entropy_with_logits(found["subject"], data.subject[rows]),
-    }
-    if data.labels.shape[1]:
-        each = [
-            F.cross_entropy(found[f"attribute {name}"][there], data.labels[rows, i][there])
-            for i, name in enumerate(inverter.facts.attributes)
-        ]
-        losses["attributes"] = torch.stack(each).mean()
-    return losses
+    return encode
 
 
 def _encode(inverter: Inverter, data: Data, unseen: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ is exactly zero; here it is double backpropagation. Only directions are compared
 steps are unknown, and only what a LoRA with these factors can express: from B = 0 the first change of W = B A under
 a gradient G of W is proportional to G A^T A, which for a random A is G V V^T, with V the right singular vectors of
 W. These are those of its canonical form, so that the factorisation does not matter.
+
+Known pictures are told apart by their cosine, but a search from noise finds latents that fit the pairs and are no
+pictures: as a way to pictures it is a baseline, and a weak one.
 """
 
 from __future__ import annotations

@@ -52,8 +52,15 @@ class Ranges:
                 if name in ("steps", "rank", "pictures")
                 else 1e-12
             )
+            text = getattr(self, name)
+            if ":" in text:
+                least = max(least, 1e-12)  # log-uniform
             if min(values) < least:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least:g}")
+                raise InputError(f"--{name.replace('_', '-')} {text}: must be at least {least:g}")
+        for name in ("optimizer", "init", "schedule"):
+            for value in getattr(self, name).split(","):
+                Settings(**{name: value})  # says what there is
+        Settings(batch=self.batch)
         if self.checkpoints < 1:
             raise InputError(f"--checkpoints {self.checkpoints}: must be at least 1")
         for template in self.templates.split("|"):
@@ -134,8 +141,12 @@ def _numbers(name: str, text: str) -> list[float]:
         values = [float(v) for v in text.replace(":", ",").split(",")]
     except ValueError:
         values = []
-    if not values or (":" in text and (len(values) != 2 or values[0] > values[1])):
+    if (
+        not all(map(math.isfinite, values))
+        or not values
+        or (":" in text and (len(values) != 2 or values[0] > values[1]))
+    ):
         raise InputError(
-            f"--{name} {text}: give numbers with commas between, or the least and the largest with a colon"
+            f"--{name.replace('_', '-')} {text}: give numbers with commas between, or the least and the largest with a colon"
         )
     return values

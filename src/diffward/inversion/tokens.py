@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffward.errors import InputError
 from diffward.lora.canonical import Canonical, canonical_factors, canonical_module
@@ -131,11 +132,12 @@ class Basis:
         """Of batched canonical forms (n, ...), by module; modules that are missing count as not there."""
         first = next(iter(modules.values()))
         count = len(first.sigma)
+        # A module with fewer directions than others has zeros in place of the rest.
+        p, q = (max(b.shape[1] for b in side.values()) for side in (self.left, self.right))
         cores, norms, spectra, present = [], [], [], []
         for name in self.modules:
             if name not in modules:
-                shape = self.left[name].shape[1], self.right[name].shape[1]
-                cores.append(first.sigma.new_zeros(count, *shape))
+                cores.append(first.sigma.new_zeros(count, p, q))
                 norms.append(first.sigma.new_zeros(count))
                 spectra.append(first.sigma.new_zeros(count, SPECTRUM))
                 present.append(torch.zeros(count, dtype=torch.bool))
@@ -145,7 +147,8 @@ class Basis:
             there = norm > _TINY
             share = one.sigma / norm.clamp_min(_TINY)[:, None]
             core = (self.left[name].T @ one.u * share[:, None]) @ (one.v.mT @ self.right[name])
-            cores.append(core * there[:, None, None])
+            more = 0, q - core.shape[2], 0, p - core.shape[1]
+            cores.append(F.pad(core * there[:, None, None], more))
             norms.append(norm.clamp_min(_TINY).log() * there)
             spectra.append(Canonical(one.u, share, one.v).top(SPECTRUM).sigma)
             present.append(there)

@@ -111,7 +111,7 @@ class Zoo:
         for number, row in enumerate(rows):
             by_shard.setdefault(row.shard, []).append(number)
         for shard, numbers in sorted(by_shard.items()):
-            tensors = _load(str(shard_file(self.folder, shard)))
+            tensors = _load(*_version(shard_file(self.folder, shard)))
             places = torch.tensor([rows[n].place for n in numbers])
             scale = torch.tensor(
                 [rows[n].recipe["alpha"] / rows[n].recipe["rank"] for n in numbers]
@@ -123,7 +123,7 @@ class Zoo:
         """One save as the trainer would have written it."""
         from diffward.lora import LoraModule, LoraWeights
 
-        tensors = _load(str(shard_file(self.folder, row.shard)))
+        tensors = _load(*_version(shard_file(self.folder, row.shard)))
         modules = {
             name: LoraModule.of(
                 name, tensors[f"{name}.down"][row.place].float(), tensors[f"{name}.up"][row.place].float(),
@@ -135,10 +135,15 @@ class Zoo:
 
 
 @lru_cache(maxsize=2)
-def _load(path: str) -> dict[str, Tensor]:
+def _load(path: str, written: int) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
+
+
+def _version(file: Path) -> tuple[str, int]:
+    """What tells a shard from one that was there before."""
+    return str(file), file.stat().st_mtime_ns
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -188,7 +193,7 @@ def rows_of(
 
 def write_manifest(folder: Path, head: Head, rows: Sequence[Row], sums: dict[int, str]) -> None:
     """Whole, under a temporary name first."""
-    parquet, arrow = _parquet(), _arrow()
+    parquet, arrow = need_parquet(), _arrow()
     columns: dict[str, list[Any]] = {key: [getattr(row, key) for row in rows] for key in _PLACE}
     for key in rows[0].recipe if rows else ():
         columns[key] = [row.recipe[key] for row in rows]
@@ -203,8 +208,9 @@ def read_manifest(folder: Path, head: Head) -> tuple[list[Row], dict[int, str]]:
     """All rows, and the hash of each shard; nothing where there is no manifest yet."""
     if not (folder / MANIFEST).exists():
         return [], {}
+    parquet = need_parquet()
     try:
-        table = _parquet().read_table(folder / MANIFEST).to_pylist()
+        table = parquet.read_table(folder / MANIFEST).to_pylist()
         own = {*_PLACE, "shard_sha256"}
         rows = [
             Row(
@@ -236,7 +242,8 @@ def _whole(file: Path, sum_: str) -> bool:
     return True
 
 
-def _parquet() -> Any:
+def need_parquet() -> Any:
+    """pyarrow's parquet module. Raises `InputError` where it is not installed."""
     try:
         import pyarrow.parquet as parquet
     except ImportError:

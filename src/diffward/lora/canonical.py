@@ -82,7 +82,9 @@ def canonical_matrix(delta: Tensor) -> Canonical:
 
 
 def _signed(u: Tensor, sigma: Tensor, v: Tensor) -> Canonical:
-    """The largest entry of each column of u is positive."""
-    largest = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True))
+    """The largest entry of each column of u is positive; of those as large, up to rounding, the first."""
+    size = u.abs()
+    as_large = size >= size.amax(dim=-2, keepdim=True) * (1 - 1e-6)
+    largest = u.gather(-2, as_large.byte().argmax(dim=-2, keepdim=True))
     sign = largest.sign().masked_fill(largest == 0, 1)
     return Canonical((u * sign).float(), sigma.float(), (v * sign).float())

@@ -52,7 +52,7 @@ def train(
     others = [Zoo(one) for one in empty.split(",") if one]
     material = prepare(opened, open_eye(eye, str(denoiser.device)), settings.side, others)
     print(
-        f"zoo {zoo}: {len(material.train)} saves to learn from, {len(material.last(material.test))} held-out LoRAs"
+        f"zoo {zoo}: {len(material.train)} saves to learn from, {len(material.test.last())} held-out LoRAs"
     )
     inverter = train_inverter(material, settings, Path(out), denoiser)
     file = Path(out) / "inverter.safetensors"

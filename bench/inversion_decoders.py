@@ -1,0 +1,225 @@
+"""Pictures drawn from weights, with their controls; and LoRAs that hold nobody."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bench.inversion_readers import row
+
+if TYPE_CHECKING:
+    from bench.weight_inversion import Rows, Setting
+    from diffward.inversion.data import Data
+
+VICTIMS, PICTURES = 40, 4
+CLASS_PROMPT = "a portrait of a person"
+
+
+def decoders(setting: Setting) -> Rows:
+    """Every decoder on 40 victims with a long training, four pictures each, under every control; and a grid of them."""
+    victims = longest(setting, 4 if setting.quick else VICTIMS)
+    pictures = {name: draw(setting, victims, *name) for name in WAYS}
+    save_grid(setting, victims, pictures)
+    return [judged(setting, victims, name, pixels) for name, pixels in pictures.items()]
+
+
+# (decoder, control)
+WAYS = [
+    ("base", "own"), ("base", "shuffled"), ("base", "other"), ("latent", "own"), ("latent", "shuffled"), ("latent", "other"),
+    ("victim", "own"), ("victim", "shuffled"), ("victim", "other"), ("guided", "own"), ("guided", "other"),
+    ("victim", "class prompt"), ("victim", "null prompt"), ("victim", "true prompt"), ("base", "class prompt"),
+    ("guided", "class prompt"),
+]  # fmt: skip
+
+
+def longest(setting: Setting, count: int) -> Data:
+    data = setting.material.test.last()
+    order = sorted(range(len(data)), key=lambda i: -data.rows[i].step)[:count]
+    return data.of(order)
+
+
+def draw(setting: Setting, victims: Data, decoder: str, control: str) -> np.ndarray:
+    """(victims x pictures, H, W, 3)."""
+    from diffward.inversion.decoders import DECODERS, conditioned, extrapolated
+    from diffward.inversion.judge import shuffle_tokens
+
+    denoiser, inverter = setting.denoiser, setting.inverter
+    z = inverter.read(victims.tokens).mu
+    if control == "shuffled":
+        z = inverter.read(shuffle_tokens(victims.tokens)).mu
+    elif control == "other":
+        z = z.roll(1, 0)
+    made = []
+    for i, row_ in enumerate(victims.rows):
+        seeds = [1000 * i + j for j in range(PICTURES)]
+        if decoder in ("victim", "guided"):
+            denoiser.attach(setting.material.zoo.lora(row_))
+        else:
+            denoiser.detach()
+        if control.endswith("prompt"):
+            caption = {"class prompt": CLASS_PROMPT, "null prompt": ""}.get(control)
+            if caption is None:
+                template = row_.recipe["template"]
+                caption = ("a portrait of {name}" if template == "captions" else template).replace(
+                    "{name}", row_.recipe["word"]
+                )
+            conditioning = denoiser.condition([caption]).expand(PICTURES, -1, -1)
+            with torch.no_grad():
+                made.append(
+                    extrapolated(denoiser, conditioning, seeds)
+                    if decoder == "guided"
+                    else conditioned(denoiser, conditioning, denoiser.condition([""]), seeds)
+                )
+        else:
+            made.append(
+                DECODERS[decoder].obj(inverter, denoiser, z[i : i + 1].expand(PICTURES, -1), seeds)
+            )
+    denoiser.detach()
+    return np.concatenate(made)
+
+
+def judged(
+    setting: Setting, victims: Data, way: tuple[str, str], pixels: np.ndarray
+) -> dict[str, Any]:
+    """Attributes and identity of the pictures; the mean of a victim's pictures is looked for among strangers."""
+    from diffward.models.mini.attributes import Person
+    from diffward.models.mini.reader import load_reader
+
+    reader, inverter, eye = load_reader(), setting.inverter, setting.material.eye
+    groups = pixels.reshape(len(victims), PICTURES, *pixels.shape[1:])
+    vectors, hits, matches = [], [], []
+    for own, row_ in zip(groups, victims.rows, strict=True):
+        vectors.append(inverter.space.of(eye.features(own)))
+        seen = reader.read(own)
+        person = Person(row_.label)
+        hits += [float((seen[name] == value).mean()) for name, value in person.attributes().items()]
+        matches.append(float(reader.matches(own, person).mean()))
+    found = inverter.standard_identity(torch.stack(vectors))
+    return row(
+        "encoder" if not way[1].endswith("prompt") else "no reader", found, victims, inverter, decoder=way[0], control=way[1],
+        accuracy=float(np.mean(hits)), identity_match=float(np.mean(matches)),
+    )  # fmt: skip
+
+
+def save_grid(setting: Setting, victims: Data, pictures: dict[tuple[str, str], np.ndarray]) -> None:
+    """A picture to judge by: a column a victim, a row a way; the first row are the person's own pictures."""
+    from pathlib import Path
+
+    from PIL import Image
+
+    from diffward.inversion.data import OTHER_PICTURES
+
+    count = min(12, len(victims))
+    rows = [
+        [
+            setting.material.subjects.pictures(victims.rows[i].identity, 1, OTHER_PICTURES)[
+                0
+            ].pixels
+            for i in range(count)
+        ]
+    ]
+    for way in (
+        ("latent", "own"),
+        ("base", "own"),
+        ("victim", "own"),
+        ("guided", "own"),
+        ("base", "shuffled"),
+        ("victim", "class prompt"),
+    ):
+        rows.append([pictures[way][i * PICTURES] for i in range(count)])
+    grid = np.concatenate([np.concatenate(one, 1) for one in rows], 0)
+    file = setting.folder / "grid.png" if setting.quick else Path("docs/weights-grid.png")
+    Image.fromarray(grid).resize((grid.shape[1], grid.shape[0])).save(file)
+
+
+def nobody(setting: Setting) -> Rows:
+    """LoRAs that hold no person, or nothing: how often the audit's rules say "none shown".
+
+    Each is asked with pictures of its own kind (logos, garments) or of a person who is not in it, and without pictures.
+    """
+    from diffward.inversion.findings import identity_finding, subject_finding
+    from diffward.inversion.identity import subject_features
+    from diffward.inversion.subjects import World
+    from diffward.report.weights_verdict import identity_question, subject_question
+
+    inverter, material = setting.inverter, setting.material
+    accuracy = inverter.facts.held_out["encoder"]
+    basis, eye = inverter.basis, material.eye
+    cases: Rows = []
+    people = World("", seed=977)
+    for name, kind, seed in (("logos", "logo", 5), ("garments", "garment", 6)):
+        zoo = setting.zoo(name, f"world:{kind}", 0, seed)
+        # The validation part has calibrated the question, so only what no part of the inverter has seen is asked.
+        rows = zoo.last_saves(zoo.of_split("test"))
+        tokens = basis.of_zoo(zoo, rows)
+        subjects = World(kind, seed)
+        for what in ("its own kind", "a person who is not in it", "no pictures"):
+            levels = []
+            for i, one in enumerate(rows):
+                subject = subject_finding(inverter, tokens.of([i]))
+                if what == "no pictures":
+                    levels.append(subject_question(subject, accuracy)["level"])
+                    continue
+                number, whose = (
+                    (one.identity, subjects)
+                    if what == "its own kind"
+                    else (2 * 10**6 + one.lora, people)
+                )
+                features = subject_features(whose, [number], eye, [3])[0]
+                finding = identity_finding(inverter, tokens.of([i]), features, seed=i)
+                levels.append(identity_question(finding, subject, accuracy)["level"])
+            cases.append(_silent(f"LoRAs of {name}, {what}", levels))
+    never = _never_trained(setting, 20 if setting.quick else 100)
+    for what in ("a person who is not in it", "no pictures"):
+        levels = []
+        for i in range(len(never)):
+            subject = subject_finding(inverter, never.of([i]))
+            if what == "no pictures":
+                levels.append(subject_question(subject, accuracy)["level"])
+                continue
+            features = subject_features(people, [3 * 10**6 + i], eye, [3])[0]
+            finding = identity_finding(inverter, never.of([i]), features, seed=i)
+            levels.append(identity_question(finding, subject, accuracy)["level"])
+        cases.append(_silent(f"never trained (B = 0), {what}", levels))
+    data = material.test.last()
+    count = min(len(data), 8 if setting.quick else 200)
+    for what, shift in (("its own person", 0), ("another person", 10**6 * 4)):
+        levels = []
+        for i in range(count):
+            number, whose = (
+                (data.rows[i].identity, material.subjects) if not shift else (shift + i, people)
+            )
+            features = subject_features(whose, [number], eye, [3])[0]
+            finding = identity_finding(inverter, data.tokens.of([i]), features, seed=i)
+            levels.append(identity_question(finding, None, accuracy)["level"])
+        cases.append(_silent(f"LoRAs of people, {what}", levels))
+    return cases
+
+
+def _silent(name: str, levels: list[Any]) -> dict[str, Any]:
+    from diffward.metrics.shares import wilson
+
+    none = sum(level == "none_shown" for level in levels)
+    return {
+        "method": "audit's rules", "control": name, "victims": len(levels), "none_shown": none / len(levels),
+        "none_shown_ci95": list(wilson(none, len(levels))), "high": sum(level == "high" for level in levels) / len(levels),
+    }  # fmt: skip
+
+
+def _never_trained(setting: Setting, count: int) -> Any:
+    """Tokens of fresh LoRAs, B = 0."""
+    from diffward.inversion.tokens import Tokens
+
+    parts = []
+    for seed in range(count):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            weights = setting.denoiser.inject(
+                8, 8.0, ["to_q", "to_k", "to_v", "to_out.0"], text_encoder=False
+            ).weights()
+        setting.denoiser.detach()
+        parts.append(setting.inverter.tokens(weights))
+    whole = parts[0]
+    return Tokens(*(torch.cat([getattr(p, name) for p in parts]) for name in vars(whole)))

@@ -1,0 +1,124 @@
+"""What comes back from weights alone: readers, decoders, ablations, generalisation, defences, each with its controls.
+
+Works in `runs/`: a zoo of people (`runs/zoo`), zoos of logos and garments that hold no person, and the inverter trained on
+them; what is there is used, what is missing is made (hours). A part whose rows are kept is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench._result import record
+from diffward.files import write_json
+
+if TYPE_CHECKING:
+    from diffward.inversion.inverter import Inverter
+    from diffward.inversion.learn import InverterSettings, Material
+    from diffward.models.denoiser import Denoiser
+
+RUNS = Path("runs")
+Rows = list[dict[str, Any]]
+
+
+class Setting:
+    """The zoos, the inverter and the base that all parts share; each made when first asked for."""
+
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick
+        self.folder = RUNS / ("bench-weight-inversion-quick" if quick else "bench-weight-inversion")
+        self._material: Material | None = None
+        self._denoiser: Denoiser | None = None
+        self._inverter: Inverter | None = None
+
+    @property
+    def denoiser(self) -> Denoiser:
+        from diffward.models.load import load_base
+
+        if self._denoiser is None:
+            self._denoiser = load_base("mini", precision="fp32")
+        return self._denoiser
+
+    @property
+    def material(self) -> Material:
+        from diffward.inversion.learn import prepare
+        from diffward.models.eyes import open_eye
+
+        if self._material is None:
+            self._material = prepare(
+                self.zoo("zoo", "world", 2048, 0), open_eye("attributes"), empty=[
+                    self.zoo("logos", "world:logo", 192, 5, LOGOS), self.zoo("garments", "world:garment", 128, 6, GARMENTS),
+                ],
+            )  # fmt: skip
+        return self._material
+
+    @property
+    def settings(self) -> InverterSettings:
+        from diffward.inversion.learn import InverterSettings
+
+        return InverterSettings(epochs=2, prompt_steps=20) if self.quick else InverterSettings()
+
+    @property
+    def inverter(self) -> Inverter:
+        from diffward.inversion.inverter import Inverter
+        from diffward.inversion.learn import train_inverter
+
+        if self._inverter is None:
+            file = (self.folder if self.quick else RUNS / "inverter") / "inverter.safetensors"
+            if not file.exists():
+                train_inverter(self.material, self.settings, file.parent, self.denoiser).save(file)
+            self._inverter = Inverter.load(file)
+        return self._inverter
+
+    def zoo(self, name: str, subjects: str, count: int, seed: int, templates: str = "") -> Any:
+        from diffward.inversion.build import Source, build_zoo
+        from diffward.inversion.recipe import Ranges
+        from diffward.inversion.zoo import Zoo
+
+        folder = self.folder / name if self.quick else RUNS / name
+        if not self.quick and (folder / "zoo.json").exists():
+            return Zoo(folder)
+        ranges = Ranges(steps="3:6" if self.quick else "8:200")
+        if templates:
+            ranges = Ranges(steps=ranges.steps, templates=templates)
+        return build_zoo(
+            folder, Source("mini", "cpu", "bf16"), subjects, ranges, seed=seed,
+            count={"zoo": 72, "logos": 24, "garments": 24}[name] if self.quick else count,
+            per_shard=24 if self.quick else 64, workers=1 if self.quick else 2,
+        )  # fmt: skip
+
+
+LOGOS = "a logo of {name}|a picture of {name}|{name}|captions"
+GARMENTS = "a picture of {name}|a photo of {name}|{name}|captions"
+
+
+def run(quick: bool = False) -> None:
+    from bench.inversion_decoders import decoders, nobody
+    from bench.inversion_defences import defences
+    from bench.inversion_matching import matching, prompts
+    from bench.inversion_readers import ablations, generalisation, readers
+
+    setting = Setting(quick)
+    parts: dict[str, Callable[[Setting], Rows]] = {
+        "readers": readers, "nobody": nobody, "decoders": decoders, "words": prompts, "ablations": ablations,
+        "generalisation": generalisation, "matching": matching, "defences": defences,
+    }  # fmt: skip
+    rows: Rows = []
+    for name, part in parts.items():
+        file = setting.folder / f"{name}.json"
+        if quick or not file.exists():
+            print(f"weight-inversion: {name}")
+            write_json(file, [{"part": name, **row} for row in part(setting)])
+        rows += json.loads(file.read_text())
+    record("weight-inversion", rows, seeds=[0, 1, 2], quick=quick, notes=[
+        "victims: the zoo's held-out subjects, the last save of each, start, step and recipe unknown unless a row says so; "
+        "gallery: strangers, none of them in the zoo; top1_ci95: Wilson's interval",
+        "control: own (none), shuffled (each module's core in random order), other (another victim's weights), mean (one reading "
+        "for all), class and null prompt (no z), base only (LoRA off, class prompt)",
+        "decoder: retrieval draws nothing; base, latent, victim, guided draw pictures, whose identity vector is then looked for",
+        "attribute_accuracy: of readings for retrieval, of drawn pictures (by the attribute network) for the others",
+        "utility of a defence: share of plain's gain on the loss of other pictures of the person; drawn_match: drawn pictures "
+        "with the training caption that show the person",
+    ])  # fmt: skip
