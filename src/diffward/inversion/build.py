@@ -275,12 +275,12 @@ def _same_zoo(folder: Path, head: Head) -> None:
     if not (folder / HEAD).exists():
         return
     old, new = asdict(read_head(folder)), asdict(head)
-    if old["count"] % head.per_shard and old["count"] != head.count:
-        raise InputError(
-            f"{folder}: its last shard is not full ({old['count']} LoRAs, {head.per_shard} a shard), so it cannot grow"
-        )
     changed = [key for key in new if key != "count" and new[key] != old[key]]
     if changed or new["count"] < old["count"]:
         raise InputError(
             f"{folder}: is a zoo with another {', '.join(changed) or 'larger count'}; choose another --out"
+        )
+    if old["count"] % head.per_shard and old["count"] != head.count:
+        raise InputError(
+            f"{folder}: its last shard is not full ({old['count']} LoRAs, {head.per_shard} a shard), so it cannot grow"
         )

@@ -70,7 +70,13 @@ class Basis:
 
     @classmethod
     def fit(cls, zoo: Zoo, rows: Sequence[Row], side: int = SIDE) -> Basis:
-        """The directions in which the changes of these rows lie most, each row counting alike."""
+        """The directions in which the changes of these rows lie most, each row counting alike.
+
+        Raises:
+            InputError: there are no rows.
+        """
+        if not rows:
+            raise InputError(f"{zoo.folder}: no saves to learn bases from")
         left: dict[str, Tensor] = {}
         right: dict[str, Tensor] = {}
         for _, tensors in zoo.shards(rows):
@@ -87,7 +93,13 @@ class Basis:
         )
 
     def of_zoo(self, zoo: Zoo, rows: Sequence[Row]) -> Tokens:
-        """Tokens of some saves of a zoo, in half precision, in the order of `rows`."""
+        """Tokens of some saves of a zoo, in half precision, in the order of `rows`.
+
+        Raises:
+            InputError: there are no rows.
+        """
+        if not rows:
+            raise InputError(f"{zoo.folder}: no saves to look at")
         parts, order = [], []
         for numbers, tensors in zoo.shards(rows):
             parts.append(
@@ -140,7 +152,7 @@ class Basis:
                 cores.append(first.sigma.new_zeros(count, p, q))
                 norms.append(first.sigma.new_zeros(count))
                 spectra.append(first.sigma.new_zeros(count, SPECTRUM))
-                present.append(torch.zeros(count, dtype=torch.bool))
+                present.append(torch.zeros(count, dtype=torch.bool, device=first.sigma.device))
                 continue
             one = modules[name]
             norm = one.sigma.norm(dim=-1)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Canonical:
-    """W = u diag(sigma) v^T: u (..., out, k), sigma (..., k) descending, v (..., in, k); convolutions as (out, in kh kw)."""
+    """W = u diag(sigma) v^T: u (..., out, k), sigma (..., k) descending, v (..., in, k); convolutions as (out, in kh kw).
+
+    Columns of u and v are zero where sigma is.
+    """
 
     u: Tensor
     sigma: Tensor
@@ -87,4 +90,6 @@ def _signed(u: Tensor, sigma: Tensor, v: Tensor) -> Canonical:
     as_large = size >= size.amax(dim=-2, keepdim=True) * (1 - 1e-6)
     largest = u.gather(-2, as_large.byte().argmax(dim=-2, keepdim=True))
     sign = largest.sign().masked_fill(largest == 0, 1)
+    # Where there is no change its directions are whatever the rounding gave.
+    sign = sign * (sigma > 1e-10 * sigma.amax(dim=-1, keepdim=True)).unsqueeze(-2)
     return Canonical((u * sign).float(), sigma.float(), (v * sign).float())
