@@ -146,6 +146,40 @@ def test_ours_and_the_loop_start_alike(
     assert not any(p.requires_grad for p in denoiser.unet.parameters())
 
 
+@pytest.mark.slow
+def test_weight_inversion(quick: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import bench.weight_inversion as bench
+
+    monkeypatch.setattr(bench, "RUNS", tmp_path)
+    rows = quick("weight_inversion")
+    assert {row["part"] for row in rows} == {
+        "readers", "nobody", "decoders", "words", "ablations", "generalisation", "matching", "defences"
+    }  # fmt: skip
+    needed = {
+        "method", "decoder", "control", "victims", "gallery", "top1", "top1_ci95", "top10", "attribute_accuracy",
+        "timestep_embedding", "defence", "utility", "seed",
+    }  # fmt: skip
+    whole = [row for row in rows if needed <= row.keys()]
+    assert {row["control"] for row in whole} >= {
+        "own",
+        "shuffled",
+        "other",
+        "mean",
+        "class prompt",
+        "null prompt",
+    }
+    assert {row["decoder"] for row in whole} >= {"retrieval", "base", "latent", "victim", "guided"}
+    assert {row["defence"] for row in whole} >= {"none", "dp, epsilon 10", "quantised to 4 bits"}
+    assert all(0 <= row["top1"] <= row["top10"] <= 1 for row in whole)
+
+
+@pytest.mark.slow
+def test_zoo_cost(quick: Any) -> None:
+    count, tier = quick("zoo_cost")
+    assert count["public_gflop"] > 3 * count["ours_gflop"] > 0
+    assert "identity" in tier["what"] and tier["seconds"] > 0
+
+
 def test_a_process_is_measured_apart_from_its_starter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     support = importlib.import_module("bench._support")

@@ -21,6 +21,7 @@ from diffward.inversion.zoo import Zoo
 from diffward.models.features import Features
 from tests.finetune.test_many import assert_alike
 from tests.inversion.conftest import contents, seeds
+from tests.membership.test_shadow import FakeRay
 
 MANIFEST = "manifest.parquet"
 
@@ -178,3 +179,25 @@ def test_another_zoo_in_its_place_is_read_anew(build, zoo_copy, tmp_path):
     truth = load_file(zoo_copy / "shards" / "shard-00000.safetensors")[f"{name}.down"][0].float()
     assert torch.equal(fresh, truth)
     assert not torch.equal(fresh, old.modules[name].tensors["down"])
+
+
+# --- elsewhere -------------------------------------------------------------------------------------
+
+
+def test_a_cluster_makes_the_same_zoo(build, straight, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", ray := FakeRay())
+    build(tmp_path / "zoo", cluster="ray")
+    assert ray.tasks == 2 and ray.options == {"num_gpus": 0}
+    assert contents(tmp_path / "zoo") == contents(straight.folder)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_zoo(build, straight, tmp_path):
+    build(tmp_path / "zoo", workers=2)
+    ours, theirs = Zoo(tmp_path / "zoo"), Zoo(straight.folder)
+    assert ours.rows == theirs.rows
+    for row in ours.rows:
+        a, b = ours.lora(row), theirs.lora(row)
+        for name, module in a.modules.items():
+            for role, tensor in module.tensors.items():
+                torch.testing.assert_close(tensor, b.modules[name].tensors[role], atol=2e-3, rtol=0)
