@@ -9,8 +9,9 @@ import torch
 
 if TYPE_CHECKING:
     from bench.weight_inversion import Rows, Setting
+    from diffward.inversion.data import Data
 
-MATCHED = 8
+MATCHED, KNOWN = 8, 20
 
 
 def prompts(setting: Setting) -> Rows:
@@ -56,15 +57,23 @@ def prompts(setting: Setting) -> Rows:
 
 
 def matching(setting: Setting) -> Rows:
-    """Gradient matching on eight victims, against random latents and against another victim's weights."""
+    """Gradient matching: pictures searched for from noise, and known pictures told apart by their cosine."""
     from bench.inversion_decoders import longest
+
+    victims = longest(setting, 2 if setting.quick else MATCHED)
+    return [
+        *_searched(setting, victims),
+        *_known(setting, longest(setting, 3 if setting.quick else KNOWN)),
+    ]
+
+
+def _searched(setting: Setting, victims: Data) -> Rows:
+    """Against random latents, and against another victim's attributes."""
     from diffward.inversion.matching import match_gradients
     from diffward.models.mini.attributes import Person
     from diffward.models.mini.reader import load_reader
 
-    victims = longest(setting, 2 if setting.quick else MATCHED)
     reader, denoiser = load_reader(), setting.denoiser
-    zoo = setting.material.zoo
 
     def hits(latents: torch.Tensor, label: tuple[int, ...]) -> float:
         seen = reader.read(denoiser.decode(latents))
@@ -72,21 +81,62 @@ def matching(setting: Setting) -> Rows:
             np.mean([(seen[n] == v).mean() for n, v in Person(label).attributes().items()])
         )
 
-    found: dict[str, list[float]] = {"own": [], "other": [], "start": []}
+    found: dict[str, list[float]] = {"own": [], "other": [], "random latents": []}
     cosines = []
     for i, one in enumerate(victims.rows):
-        other = victims.rows[i - 1]
-        made = match_gradients(denoiser, zoo.lora(one), steps=5 if setting.quick else 100, seed=i)
-        found["own"].append(hits(made.latents, one.label))
-        found["other"].append(hits(made.latents, other.label))
+        made = match_gradients(
+            denoiser, setting.material.zoo.lora(one), pictures=2, pairs=2, lr=0.15, seed=i,
+            steps=5 if setting.quick else 60,
+        )  # fmt: skip
         g = torch.Generator().manual_seed(i)
-        found["start"].append(hits(torch.randn(made.latents.shape, generator=g), one.label))
-        cosines.append((float(made.cosines[0]), float(made.cosines[-1])))
+        found["own"].append(hits(made.latents, one.label))
+        found["other"].append(hits(made.latents, victims.rows[i - 1].label))
+        found["random latents"].append(
+            hits(torch.randn(made.latents.shape, generator=g), one.label)
+        )
+        cosines.append((float(made.history[0]), float(made.history[-1])))
+    first, last = np.mean(cosines, axis=0)
     return [
         {
             "method": "gradient matching", "decoder": "latents", "control": name, "victims": len(victims),
-            "attribute_accuracy": float(np.mean(values)), "cosine_first": float(np.mean([c[0] for c in cosines])),
-            "cosine_last": float(np.mean([c[1] for c in cosines])),
+            "attribute_accuracy": float(np.mean(values)), "cosine_first": float(first), "cosine_last": float(last),
         }
         for name, values in found.items()
+    ]  # fmt: skip
+
+
+def _known(setting: Setting, victims: Data) -> Rows:
+    """Single known pictures, no caption: training pictures, others of the person, strangers; mean AUC over victims."""
+    from sklearn.metrics import roc_auc_score
+
+    from diffward.inversion.matching import Matching
+    from diffward.models.pairs import Pairs
+
+    subjects, denoiser = setting.material.subjects, setting.denoiser
+    null, pairs = denoiser.condition([""]), Pairs.draw(denoiser, 8, 0)
+    auc: dict[str, list[float]] = {
+        "training pictures against others of the person": [],
+        "the person against strangers": [],
+    }
+    for one in victims.rows:
+        sides = [
+            subjects.pictures(one.identity, min(6, one.recipe["pictures"]), [1, one.lora]),
+            subjects.pictures(one.identity, 6, [7]),
+            [subjects.pictures(5 * 10**6 + 10 * one.lora + j, 1, [7])[0] for j in range(6)],
+        ]
+        match = Matching(denoiser, setting.material.zoo.lora(one), pairs)
+        scores = [
+            [float(match.cosines(denoiser.encode(p.pixels[None]), null).mean()) for p in side]
+            for side in sides
+        ]
+        for name, (own, rest) in zip(
+            auc, ((scores[0], scores[1]), (scores[1], scores[2])), strict=True
+        ):
+            auc[name].append(float(roc_auc_score([1] * len(own) + [0] * len(rest), [*own, *rest])))
+    return [
+        {
+            "method": "gradient cosine of known pictures", "decoder": "none", "control": name, "victims": len(values),
+            "auc": float(np.mean(values)), "auc_range": [min(values), max(values)],
+        }
+        for name, values in auc.items()
     ]  # fmt: skip

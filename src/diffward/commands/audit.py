@@ -62,7 +62,7 @@ def audit(
         cluster: ray trains the shadows as Ray tasks (pip install diffward[cluster]).
         canaries: bound epsilon from below; the split must come from `diffward split --canaries`.
         inverter: file of `diffward inverter train` that reads LoRAs of this base; for mini one comes with diffward.
-        draws: pictures drawn to look for copies; by default 64 where latents are small or there is a GPU, else none.
+        draws: pictures drawn to look for copies; by default 32 where latents are small or there is a GPU, else none.
         weights: ask the weights of a LoRA who and what is in them (identity, copies, words, number of pictures).
         batch: samples in one pass; by default what fits the size.
         thumbnails: put small copies of the pictures into the page. Page and scores name the pictures and

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 SHOWN = 4  # pictures of each way of drawing
 AUTO_LATENTS = 16 * 16  # copies are looked for without being asked for up to this size of latents
-DRAWN = 64
+DRAWN, DRAW_STEPS = 32, 10
+SMALL_VOCABULARY = 5000
 
 
 class Pair(TypedDict):
@@ -56,7 +57,7 @@ class WeightsOptions:
 
     Attributes:
         inverter: file of `diffward inverter train`; the shipped one for the base by default, if there is one.
-        draws: pictures drawn to look for copies; None: 64 where the latents are small, else none.
+        draws: pictures drawn to look for copies; None: 32 where the latents are small, else none.
         enabled: whether anything is asked.
     """
 
@@ -193,8 +194,12 @@ def _prompt(
     others = inverter.text_others @ inverter.text_others.mT
     discounted = metric(inverter.moment)
     fit = caption_fit(found, others, words, caption, discounted, seed=options.seed)
-    guess = decode(found, words, length=min(6, len(words.ids(caption))), metric=discounted)[0]
-    return prompt_question(fit, guess.text, times, len(sides.members))
+    guess = None
+    # Every word of the vocabulary goes through the text encoder for every word decoded.
+    if len(words.tokens) <= SMALL_VOCABULARY or denoiser.device.type == "cuda":
+        length = min(6, len(words.ids(caption)))
+        guess = decode(found, words, length=length, metric=discounted)[0].text
+    return prompt_question(fit, guess, times, len(sides.members))
 
 
 def _copies(
@@ -215,21 +220,22 @@ def _copies(
     )
     centre = others.mean(0)
     captions = [c for c in dict.fromkeys(sides.members.captions) if c][:8]
-    prompts = (
-        {"the training captions": captions, "the empty caption": [""]}
-        if captions
-        else {"the empty caption": [""]}
-    )
+    name, texts = ("the training captions", captions) if captions else ("the empty caption", [""])
+    conditioning = denoiser.condition(texts)
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, texts in prompts.items():
-        conditioning = denoiser.condition(texts)
-        for weight, who in ((3.0, ""), (0.0, ", by the base alone")):
-            made = extract(
-                denoiser, conditioning, eye, count=count, weight=weight, seed=options.seed
-            )
-            scores[name + who] = (
-                copy_scores(made.features, members, centre), copy_scores(made.features, others, centre),
-            )  # fmt: skip
+    for weight, who in ((3.0, ""), (0.0, ", by the base alone")):
+        made = extract(
+            denoiser,
+            conditioning,
+            eye,
+            count=count,
+            weight=weight,
+            steps=DRAW_STEPS,
+            seed=options.seed,
+        )
+        scores[name + who] = (
+            copy_scores(made.features, members, centre), copy_scores(made.features, others, centre),
+        )  # fmt: skip
     return copies_question(scores, count)
 
 

@@ -94,11 +94,11 @@ def subject_question(subject: SubjectFinding | None, accuracy: Mapping[str, Any]
     )  # fmt: skip
 
 
-def prompt_question(found: CaptionFit, decoded: str, times: int, pictures: int) -> Question:
+def prompt_question(found: CaptionFit, decoded: str | None, times: int, pictures: int) -> Question:
     """Can the training words be read back?
 
     Args:
-        decoded: what was decoded blindly, as long as the caption.
+        decoded: what was decoded blindly, as long as the caption; None if that was not tried.
         times: pictures that have this caption, of `pictures`.
     """
     level = _below(found.p_value, PROMPT_STEPS)
@@ -114,8 +114,9 @@ def prompt_question(found: CaptionFit, decoded: str, times: int, pictures: int) 
     evidence = [
         f"Asked of the caption of {times} of {pictures} pictures. Other LoRAs that it fits as well: p = {found.p_others:.2g}; "
         f"random words of its length that fit as well: p = {found.p_words:.2g}.",
-        f"Read without knowing it, word by word, the weights say “{decoded}”.",
     ]
+    if decoded is not None:
+        evidence.append(f"Read without knowing it, word by word, the weights say “{decoded}”.")
     return _question(
         "prompt", level, statement, "p_value", found.p_value, None, f"other LoRAs p {found.p_others:.2g}", evidence,
         ["Train with a neutral caption where the words themselves must stay private."] if level != "none_shown" else [],
