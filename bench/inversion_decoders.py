@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from bench.weight_inversion import Rows, Setting
     from diffward.inversion.data import Data
 
-VICTIMS, PICTURES = 40, 4
+VICTIMS, PICTURES = 30, 3
 CLASS_PROMPT = "a portrait of a person"
 
 
 def decoders(setting: Setting) -> Rows:
-    """Every decoder on 40 victims with a long training, four pictures each, under every control; and a grid of them."""
+    """Every decoder on 30 victims with a long training, three pictures each, under every control; and a grid of them."""
     victims = longest(setting, 4 if setting.quick else VICTIMS)
     pictures = {name: draw(setting, victims, *name) for name in WAYS}
     save_grid(setting, victims, pictures)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from diffward.lora import LoraWeights
     from diffward.models.features import Features
 
-VICTIMS, PICTURES, CAPTION = 16, 12, "a portrait of {}"
-STEPS = 100
+VICTIMS, PICTURES, CAPTION = 12, 12, "a portrait of {}"
+STEPS = 60
 
 
 @dataclass(frozen=True)

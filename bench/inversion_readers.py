@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,9 @@ if TYPE_CHECKING:
     from diffward.inversion.inverter import Inverter
     from diffward.inversion.learn import InverterSettings, Material
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
+EPOCHS = 6  # of the networks that are compared, a quarter of the shipped one's
+CELL_EPOCHS = 3
 
 
 def row(
@@ -118,12 +119,11 @@ def ablations(setting: Setting) -> Rows:
 
     material = setting.material
     data = material.test.last()
-    base = setting.settings
+    base = replace(setting.settings, epochs=min(EPOCHS, setting.settings.epochs))
     cases: dict[str, InverterSettings] = {
         "encoder, whole": base, "encoder, no step token": replace(base, step_token=False),
         "encoder, last saves only": replace(base, saves="last", epochs=base.epochs * 3),
-        "encoder, no step token, last saves only": replace(base, saves="last", step_token=False, epochs=base.epochs * 3),
-        "encoder, no KL": replace(base, kl=0.0), "encoder, no floor": replace(base, floor=False, epochs=base.epochs * 2),
+        "encoder, no KL": replace(base, kl=0.0), "encoder, no floor": replace(base, floor=False),
         "encoder, no noise": replace(base, noise=0.0),
     }  # fmt: skip
     rows: Rows = []
@@ -161,7 +161,7 @@ def _paper(setting: Setting, data: Data, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     encoder = PaperEncoder(factor_lengths(material.zoo), 96)
     heads = Heads(96, inverter.facts.identity, inverter.facts.attributes)
-    settings = replace(setting.settings, seed=seed, lr=1e-3, epochs=1 if setting.quick else 20)
+    settings = replace(setting.settings, seed=seed, lr=1e-3, epochs=1 if setting.quick else EPOCHS)
     fit_encoder(
         heads, encoder, lambda rows, log_step: encoder({k: v[rows] for k, v in raw.items()}, log_step), train,
         inverter.standard_identity(train.identity), settings, setting.folder / "paper", f"paper {seed}",
@@ -274,7 +274,7 @@ def generalisation(setting: Setting) -> Rows:
 
 def _without(setting: Setting, left: list[int], asked: Data, name: str) -> dict[str, Tensor]:
     material = replace(setting.material, train=setting.material.train.of(left))
-    settings = replace(setting.settings, epochs=max(1, setting.settings.epochs // 2))
+    settings = replace(setting.settings, epochs=min(CELL_EPOCHS, setting.settings.epochs))
     inverter = _trained(
         material, settings, setting.folder / "generalisation" / name.replace(" ", "-")
     )
@@ -294,8 +294,3 @@ def _trained(material: Material, settings: InverterSettings, folder: Any) -> Inv
     from diffward.inversion.learn import train_inverter
 
     return train_inverter(material, settings, folder)
-
-
-def spread(values: list[float]) -> list[float]:
-    """Least and largest."""
-    return [float(np.min(values)), float(np.max(values))]

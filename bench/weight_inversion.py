@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench._claim import claimed
 from bench._result import record
 from diffward.files import write_json
 
@@ -50,7 +51,7 @@ class Setting:
             self._material = prepare(
                 self.zoo("zoo", "world", 2048, 0), open_eye("attributes"), empty=[
                     self.zoo("logos", "world:logo", 192, 5, LOGOS), self.zoo("garments", "world:garment", 128, 6, GARMENTS),
-                ],
+                ], strangers=100 if self.quick else 1000,
             )  # fmt: skip
         return self._material
 
@@ -105,13 +106,17 @@ def run(quick: bool = False) -> None:
         "readers": readers, "nobody": nobody, "decoders": decoders, "words": prompts, "ablations": ablations,
         "generalisation": generalisation, "matching": matching, "defences": defences,
     }  # fmt: skip
-    rows: Rows = []
+    files = {name: setting.folder / f"{name}.json" for name in parts}
     for name, part in parts.items():
-        file = setting.folder / f"{name}.json"
-        if quick or not file.exists():
-            print(f"weight-inversion: {name}")
-            write_json(file, [{"part": name, **row} for row in part(setting)])
-        rows += json.loads(file.read_text())
+        # Two processes share the work; the last one to finish writes the table.
+        with claimed(files[name]) as mine:
+            if mine and (quick or not files[name].exists()):
+                print(f"weight-inversion: {name}", flush=True)
+                write_json(files[name], [{"part": name, **row} for row in part(setting)])
+    if missing := [name for name, file in files.items() if not file.exists()]:
+        print(f"weight-inversion: another process is at {', '.join(missing)}; it writes the table")
+        return
+    rows: Rows = [row for file in files.values() for row in json.loads(file.read_text())]
     record("weight-inversion", rows, seeds=[0, 1, 2], quick=quick, notes=[
         "victims: the zoo's held-out subjects, the last save of each, start, step and recipe unknown unless a row says so; "
         "gallery: strangers, none of them in the zoo; top1_ci95: Wilson's interval",

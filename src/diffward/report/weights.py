@@ -89,23 +89,31 @@ def audit_weights(
     questions: list[Question] = []
     drawn: list[Drawn] = []
     notes: list[str] = []
-    if inverter is not None:
-        try:
-            found, drawn = _read(inverter, denoiser, weights, sides, options)
-            questions += found
-        except InputError as error:
-            notes.append(f"the inverter was not asked: {error}")
-    else:
-        notes.append(
-            "no inverter for this base: who is in the pictures was not asked (diffward zoo build, inverter train)"
-        )
-    if sides is not None and any(sides.members.captions):
-        try:
+
+    def identity() -> None:
+        if inverter is None:
+            raise InputError(
+                "no inverter for this base is known (diffward zoo build, diffward inverter train)"
+            )
+        found, pictures = _read(inverter, denoiser, weights, sides, options)
+        questions.extend(found)
+        drawn.extend(pictures)
+
+    def prompt() -> None:
+        if sides is not None and any(sides.members.captions):
             questions.append(_prompt(inverter, denoiser, weights, sides, options))
+
+    def copies() -> None:
+        if sides is not None and (count := _draws(denoiser, options)):
+            questions.append(_copies(inverter, denoiser, weights, sides, count, options))
+
+    # What cannot be asked of this file or base is noted; the rest of the audit stands.
+    for name, ask in (("identity", identity), ("prompt", prompt), ("copies", copies)):
+        try:
+            ask()
         except InputError as error:
-            notes.append(f"words: {error}")
-    if sides is not None and (count := _draws(denoiser, options)):
-        questions.append(_copies(inverter, denoiser, weights, sides, count, options))
+            notes.append(f"{name}: not asked: {error}")
+    denoiser.detach()
     return questions, drawn, notes
 
 
