@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -32,8 +31,8 @@ class Training:
 TRAININGS = {
     "none": Training(), "20 steps": Training(options={"steps": 20}), "rank 1": Training(options={"rank": 1, "alpha": 1.0}),
     "text side only": Training(options={"targets": "text"}), "smp": Training("smp"), "hinge": Training("hinge"),
-    "dp, epsilon 1": Training("dp", {"epsilon": 1.0}), "dp, epsilon 10": Training("dp", {"epsilon": 10.0}),
-    "dp, epsilon 100": Training("dp", {"epsilon": 100.0}),
+    "dp, epsilon 1, delta 0.01": Training("dp", {"epsilon": 1.0}), "dp, epsilon 10, delta 0.01": Training("dp", {"epsilon": 10.0}),
+    "dp, epsilon 100, delta 0.01": Training("dp", {"epsilon": 100.0}),
 }  # fmt: skip
 CHANGES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     f"weight noise, {share:g} of the spread": (
@@ -52,7 +51,7 @@ def defences(setting: Setting) -> Rows:
     people = [_person(setting, number) for number in victims]
     files: dict[str, list[LoraWeights]] = {}
     for name, training in TRAININGS.items():
-        if setting.quick and name not in ("none", "dp, epsilon 10"):
+        if setting.quick and name not in ("none", "dp, epsilon 10, delta 0.01"):
             continue
         files[name] = [_train(setting, person, training, i) for i, person in enumerate(people)]
     plain = files["none"]
@@ -148,7 +147,7 @@ def _row(
     floor = retrieve(reading.floor[:, : inverter.facts.identity], own, inverter.gallery).figures()
     labels = torch.tensor([person.label for person in people])
     losses = [_loss(setting, person, weights) for person, weights in zip(people, made, strict=True)]
-    kept = [(b - loss) / gain for b, loss, gain in zip(base, losses, gains, strict=True)]
+    kept = (sum(base) - sum(losses)) / sum(gains)
     reader, matches = load_reader(), []
     for person, weights in zip(people, made, strict=True):
         denoiser.attach(weights)
@@ -159,7 +158,7 @@ def _row(
     return row(
         "encoder", reading.identity, data, inverter, defence=name, accuracy=attribute_accuracy(reading, labels),  # type: ignore[arg-type]
     ) | {
-        "utility": float(np.mean(kept)), "drawn_match": float(np.mean(matches)), "floor_top1": floor["top1"],
+        "utility": kept, "drawn_match": float(np.mean(matches)), "floor_top1": floor["top1"],
         "floor_top10": floor["top10"], "membership_auc": _membership(setting, people, made),
     }  # fmt: skip
 
@@ -225,11 +224,8 @@ def _truncated(weights: LoraWeights, count: int) -> LoraWeights:
 
 
 def _quantised(w: torch.Tensor, bits: int) -> torch.Tensor:
-    """To 2^bits levels, evenly over the tensor's range."""
+    """To 2^bits values, evenly spaced over the tensor's range and none of them zero."""
     largest = w.abs().max().clamp_min(1e-12)
-    levels = 2 ** (bits - 1) - 0.5
-    return (
-        (w / largest * levels).round() / levels * largest
-        if bits > 1
-        else w.sign() * math.sqrt(float(w.square().mean()))
-    )
+    half = 2 ** (bits - 1)
+    steps = (w / largest * (half - 0.5) - 0.5).round().clamp(-half, half - 1) + 0.5
+    return steps / (half - 0.5) * largest

@@ -49,7 +49,7 @@ class Setting:
 
         if self._material is None:
             self._material = prepare(
-                self.zoo("zoo", "world", 2048, 0), open_eye("attributes"), empty=[
+                self.zoo("zoo", "world", 1664, 0), open_eye("attributes"), empty=[
                     self.zoo("logos", "world:logo", 192, 5, LOGOS), self.zoo("garments", "world:garment", 128, 6, GARMENTS),
                 ], strangers=100 if self.quick else 1000,
             )  # fmt: skip
@@ -117,13 +117,14 @@ def run(quick: bool = False) -> None:
         print(f"weight-inversion: another process is at {', '.join(missing)}; it writes the table")
         return
     rows: Rows = [row for file in files.values() for row in json.loads(file.read_text())]
-    record("weight-inversion", rows, seeds=[0, 1, 2], quick=quick, notes=[
-        "victims: the zoo's held-out subjects, the last save of each, start, step and recipe unknown unless a row says so; "
+    record("weight-inversion", rows, seeds=[0, 1], quick=quick, notes=[
+        "victims: the zoo's held-out subjects (decoders and matching: those with the longest training), the last save of each, start, step and recipe unknown unless a row says so; "
         "gallery: strangers, none of them in the zoo; top1_ci95: Wilson's interval",
         "control: own (none), shuffled (each module's core in random order), other (another victim's weights), mean (one reading "
         "for all), class and null prompt (no z), base only (LoRA off, class prompt)",
         "decoder: retrieval draws nothing; base, latent, victim, guided draw pictures, whose identity vector is then looked for",
-        "attribute_accuracy: of readings for retrieval, of drawn pictures (by the attribute network) for the others",
+        "attribute_accuracy: of readings for retrieval, of drawn pictures for the others, by the attribute network, which is the inverter's eye, too",
+        "epochs: of networks trained for a comparison; the shipped one has 25",
         "utility of a defence: share of plain's gain on the loss of other pictures of the person; drawn_match: drawn pictures "
         "with the training caption that show the person",
     ])  # fmt: skip

@@ -109,8 +109,9 @@ def held_out(inverter: Inverter, material: Material) -> dict[str, Any]:
         )
     }  # fmt: skip
     for name, (truth, told) in errors.items():
-        constant = float(getattr(material.train, name).median())
+        constant = float(getattr(material.train.last(), name).median())
         found[name] = {
+            "victims": len(data),
             "mae": float((told - truth).abs().mean()), "constant_mae": float((truth - constant).abs().mean()),
             "quantiles": _quantiles(material, inverter, name),
         }  # fmt: skip
