@@ -43,12 +43,11 @@ def longest(setting: Setting, count: int) -> Data:
 def draw(setting: Setting, victims: Data, decoder: str, control: str) -> np.ndarray:
     """(victims x pictures, H, W, 3)."""
     from diffward.inversion.decoders import DECODERS, conditioned, extrapolated
-    from diffward.inversion.judge import shuffle_tokens
 
     denoiser, inverter = setting.denoiser, setting.inverter
     z = inverter.read(victims.tokens).mu
     if control == "shuffled":
-        z = inverter.read(shuffle_tokens(victims.tokens)).mu
+        z = inverter.read(victims.tokens.shuffled()).mu
     elif control == "other":
         z = z.roll(1, 0)
     made = []
@@ -221,5 +220,4 @@ def _never_trained(setting: Setting, count: int) -> Any:
             ).weights()
         setting.denoiser.detach()
         parts.append(setting.inverter.tokens(weights))
-    whole = parts[0]
-    return Tokens(*(torch.cat([getattr(p, name) for p in parts]) for name in vars(whole)))
+    return Tokens.cat(parts)

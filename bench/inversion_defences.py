@@ -140,7 +140,7 @@ def _row(
 
     inverter, material, denoiser = setting.inverter, setting.material, setting.denoiser
     parts = [inverter.tokens(weights) for weights in made]
-    tokens = Tokens(*(torch.cat([getattr(p, key) for p in parts]) for key in vars(parts[0])))
+    tokens = Tokens.cat(parts)
     reading = inverter.read(tokens)
     vectors = identity_vectors(material.subjects, victims, material.eye, inverter.space)
     own = inverter.standard_identity(torch.stack([vectors[v] for v in victims]))

@@ -41,7 +41,6 @@ def readers(setting: Setting) -> Rows:
         attribute_accuracy,
         controlled,
         floor_identity,
-        shuffle_tokens,
     )
 
     inverter, material = setting.inverter, setting.material
@@ -49,7 +48,7 @@ def readers(setting: Setting) -> Rows:
     data = material.test.join(material.valid).last()
     reading = inverter.read(data.tokens)
     told = inverter.read(data.tokens, data.log_steps)
-    mixed = inverter.read(shuffle_tokens(data.tokens))
+    mixed = inverter.read(data.tokens.shuffled())
     size = inverter.facts.identity
     rows: Rows = []
     for control in CONTROLS:

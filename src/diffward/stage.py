@@ -40,7 +40,7 @@ def run_stage(
     start = 0
     if checkpoint.exists():
         try:
-            saved = torch.load(checkpoint, weights_only=True)
+            saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
             other = saved.get("run", "") != run
         except Exception as error:
             raise InputError(f"{checkpoint}: cannot be read; delete it to start anew") from error

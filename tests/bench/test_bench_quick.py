@@ -169,7 +169,11 @@ def test_weight_inversion(quick: Any, monkeypatch: pytest.MonkeyPatch, tmp_path:
         "null prompt",
     }
     assert {row["decoder"] for row in whole} >= {"retrieval", "base", "latent", "victim", "guided"}
-    assert {row["defence"] for row in whole} >= {"none", "dp, epsilon 10, delta 0.01", "quantised to 4 bits"}
+    assert {row["defence"] for row in whole} >= {
+        "none",
+        "dp, epsilon 10, delta 0.01",
+        "quantised to 4 bits",
+    }
     assert all(0 <= row["top1"] <= row["top10"] <= 1 for row in whole)
 
 

@@ -19,7 +19,7 @@ from diffward.inversion.encoder import contrast, kl
 from diffward.inversion.floor import Floor
 from diffward.inversion.identity import IdentitySpace, subject_features
 from diffward.inversion.inverter import Inverter, open_inverter
-from diffward.inversion.judge import retrieve, shuffle_tokens
+from diffward.inversion.judge import retrieve
 from diffward.inversion.learn import InverterSettings, prepare, train_inverter
 from diffward.inversion.recipe import Ranges
 from diffward.inversion.subjects import open_subjects
@@ -165,7 +165,7 @@ def test_the_shipped_inverter_reads_people_that_it_never_saw(zoo: Any, denoiser:
     )
     own = inverter.standard_identity(torch.stack([inverter.space.of(f) for f in features]))
     found = inverter.read(tokens).identity
-    mixed = inverter.read(shuffle_tokens(tokens)).identity
+    mixed = inverter.read(tokens.shuffled()).identity
     ranks = {
         name: retrieve(vectors, own, inverter.gallery).rank.float().median()
         for name, vectors in (("own", found), ("shuffled", mixed), ("other", found.roll(1, 0)))
@@ -267,7 +267,7 @@ def test_p_values_are_ranks(inverter: Inverter, material: Any) -> None:
     features = subject_features(material.subjects, [data.rows[0].identity], material.eye, [5])[0]
     found = findings.identity_finding(inverter, data.tokens.of([0]), features)
     wanted = inverter.standard_identity(inverter.space.of(features))
-    read = inverter.read(data.tokens.of([0])).identity[0]
+    read = inverter.read(data.tokens.of([0])).floor[0, : inverter.facts.identity]
 
     def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
         return float(a @ b / a.norm() / b.norm())
@@ -285,13 +285,13 @@ def test_p_values_are_ranks(inverter: Inverter, material: Any) -> None:
 
 def test_shuffled_tokens_keep_all_but_the_directions(material: Any) -> None:
     one = material.test.tokens.of([0])
-    mixed = findings.shuffled_tokens(one, 5)
+    mixed = one.of([0] * 5).shuffled()
     assert (
         len(mixed) == 5
         and (mixed.norms == one.norms).all()
         and (mixed.spectra == one.spectra).all()
     )
-    own = one.cores.float().flatten(2).sort(-1).values
+    own = one.cores.flatten(2).sort(-1).values
     assert (mixed.cores.flatten(2).sort(-1).values == own).all()
     assert not (mixed.cores[0] == mixed.cores[1]).all()
 

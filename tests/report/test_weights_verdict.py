@@ -20,8 +20,8 @@ from diffward.report.weights_verdict import (
 ACCURACY = {"victims": 300, "gallery": 1000, "top1": 0.7, "top10": 0.94}
 
 
-def identity(p_gallery=0.001, p_others=1 / 151, p_shuffled=1 / 200, rank=1):
-    return IdentityFinding(0.8, rank, 1000, 2, p_gallery, p_others, 150, p_shuffled, 199)
+def identity(p_gallery=0.001, p_others=1 / 151, p_shuffled=1 / 200, rank=1, spread=1.0):
+    return IdentityFinding(0.8, rank, 1000, 2, p_gallery, p_others, 150, p_shuffled, 199, spread)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,19 @@ def test_the_worst_null_distribution_decides(finding, level):
     assert "safe" not in words
     assert ("none shown by these attacks" in words) == (level == "none_shown")
     assert bool(question["advice"]) == (level != "none_shown")
+
+
+def test_without_a_subject_or_with_several_no_identity_is_claimed():
+    held, none = SubjectFinding(0.9, 1 / 60, 59), SubjectFinding(0.4, 0.3, 59)
+    assert identity_question(identity(), held, ACCURACY)["level"] == "high"
+    assert identity_question(identity(), none, ACCURACY)["level"] == "none_shown"
+    several = identity_question(identity(spread=9.0), held, ACCURACY)
+    assert several["claim"] == "refused" and several["level"] is None
+
+
+def test_a_rank_that_is_not_the_first_is_no_name():
+    words = identity_question(identity(p_gallery=0.006, rank=6), None, ACCURACY)["statement"]
+    assert "narrow down" in words and "6 of 1001" in words and "can tell who is" not in words
 
 
 def test_harmless_files_are_given_a_level_in_one_of_forty_at_most():
@@ -80,17 +93,29 @@ def test_a_reading_no_better_than_a_constant_is_no_answer():
     assert told["level"] == "low" and told["ci95"] == [3.0, 8.0]
 
 
-def test_copies_by_rank_and_with_the_base_as_control():
+def test_captions_of_held_out_pictures_count_where_there_are_enough():
+    fit = CaptionFit("a", 2.0, 0.01, 0.0025, 0.3)
+    assert fit.p_value == 0.3 and prompt_question(fit, None, 1, 2)["level"] == "none_shown"
+
+
+def test_copies_are_what_moved_towards_training_pictures():
     rng = np.random.default_rng(1)
-    near, far, same = rng.normal(2, 1, 60), rng.normal(0, 1, 60), rng.normal(0, 1, 60)
-    key = "the training captions"
-    found = copies_question({key: (near, far), f"{key}, by the base alone": (same, far)}, 64)
-    auc = float(np.mean([[a > b for b in far] for a in near]))
-    assert found["level"] in ("high", "critical") and found["value"] == pytest.approx(auc)
-    none = copies_question({key: (same, far), f"{key}, by the base alone": (same, far)}, 64)
+    base = rng.normal(0, 1, 60), rng.normal(0, 1, 60)
+    near, far = base[0] + rng.normal(2, 1, 60), base[1] + rng.normal(0, 1, 60)
+    found = copies_question((near, far), base, 64, named=True)
+    moved = near - base[0], far - base[1]
+    auc = float(np.mean([[a > b for b in moved[1]] for a in moved[0]]))
+    assert found["level"] == "high" and found["value"] == pytest.approx(auc)
+    none = copies_question((base[0], base[1]), base, 64, named=True)
     assert none["level"] == "none_shown" and none["claim"] == "made"
-    refused = copies_question({key: (near, far), f"{key}, by the base alone": (near, far)}, 64)
+    refused = copies_question((near, far), (near, far), 64, named=False)
     assert refused["level"] is None and refused["claim"] == "refused"
+
+
+def test_five_pictures_prove_less_than_sixty():
+    base = np.zeros(5), np.zeros(5)
+    found = copies_question((np.arange(5) + 10.0, np.arange(5) * 1.0), base, 64, named=True)
+    assert found["value"] == 1.0 and found["level"] in ("low", "medium")
 
 
 def test_headlines_and_schema():

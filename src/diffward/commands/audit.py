@@ -22,6 +22,7 @@ def audit(
     cluster: Literal["ray"] | None = None,
     canaries: bool = False,
     inverter: str | None = None,
+    eye: str | None = None,
     draws: int | None = None,
     weights: bool = True,
     batch: int | None = None,
@@ -62,6 +63,7 @@ def audit(
         cluster: ray trains the shadows as Ray tasks (pip install diffward[cluster]).
         canaries: bound epsilon from below; the split must come from `diffward split --canaries`.
         inverter: file of `diffward inverter train` that reads LoRAs of this base; for mini one comes with diffward.
+        eye: the image model that the inverter learned with (transformers:FOLDER), where it does not lie under its old name.
         draws: pictures drawn to look for copies; by default 32 where latents are small or there is a GPU, else none.
         weights: ask the weights of a LoRA who and what is in them (identity, copies, words, number of pictures).
         batch: samples in one pass; by default what fits the size.
@@ -71,7 +73,10 @@ def audit(
     """
     from pathlib import Path
 
+    from diffward.errors import InputError
+    from diffward.inversion.inverter import open_inverter
     from diffward.membership.evaluate import chosen_attacks as check_attacks
+    from diffward.models.full import find_full
     from diffward.report.audit import AuditOptions, WeightsOptions, audit_lora, load_sides
     from diffward.report.build import write_report
     from diffward.report.gate import parse_gate
@@ -97,7 +102,13 @@ def audit(
     sides, notes = load_sides(members, non_members, data, split, **columns)
     for note in notes:
         print(note)
-    asked = WeightsOptions(Path(inverter) if inverter else None, draws, weights, seed)
+    asked = WeightsOptions(
+        Path(inverter) if inverter else None, eye, draws, captions == "known", weights, seed
+    )
+    if inverter and find_full(file) is not None:
+        raise InputError(
+            f"--inverter {inverter}: reads LoRAs, and {file} is a full model; leave it out"
+        )
     denoiser = None
     if sides is not None or (weights and (inverter or reads(file))):
         from diffward.models.load import load_base
@@ -105,6 +116,10 @@ def audit(
         denoiser = load_base(
             base, device=device, precision=precision, resolution=resolution, config=base_config
         )
+    if inverter and denoiser is not None:
+        open_inverter(
+            asked.inverter, denoiser
+        )  # one that does not fit is named before hours of attacks
     report, per_image = audit_lora(
         denoiser, file, sides, options, weights=asked, thumbnails=thumbnails, config=config
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy as np
 from diffward.errors import InputError
 from diffward.files import atomic_path, sha256_file
 from diffward.inversion.recipe import Ranges, Recipe, draw_recipes, saved_at
-from diffward.inversion.subjects import Subjects, open_subjects
+from diffward.inversion.subjects import TRAINING, Subjects, open_subjects
 from diffward.inversion.zoo import (
     HEAD,
     LOCK,
@@ -84,7 +84,7 @@ def build_zoo(
         subjects = open_subjects(subjects_name, seed=seed, side=denoiser.resolution)
         head = Head(
             base=denoiser.public_name, base_identity=denoiser.unet_identity, resolution=denoiser.resolution,
-            subjects=subjects_name, attributes=subjects.attributes, seed=seed, count=count, per_shard=per_shard,
+            subjects=subjects_name, subjects_digest=subjects.digest, attributes=subjects.attributes, seed=seed, count=count, per_shard=per_shard,
             test_share=test_share, ranges=asdict(ranges), modules=_modules(denoiser, ranges),
         )  # fmt: skip
         _same_zoo(folder, head)
@@ -118,9 +118,14 @@ def build_shard(
     work = folder / "partial" / f"shard-{shard:05d}"
     work.mkdir(parents=True, exist_ok=True)
     saves = [saved_at(recipe.steps, ranges.checkpoints) for recipe in recipes]
-    jobs = [
-        Job(_features(denoiser, subjects, identity, number, recipe), recipe.settings(ranges))
+    features = [
+        _features(denoiser, subjects, identity, number, recipe)
         for identity, number, recipe in zip(identities, numbers, recipes, strict=True)
+    ]
+    # A subject may have fewer pictures than were drawn for the recipe.
+    recipes = [replace(r, pictures=len(own)) for r, own in zip(recipes, features, strict=True)]
+    jobs = [
+        Job(own, recipe.settings(ranges)) for own, recipe in zip(features, recipes, strict=True)
     ]
 
     def keep(step: int, adapter: StackedAdapter) -> None:
@@ -221,7 +226,7 @@ def _features(
 
     from diffward.models.features import Features
 
-    portraits = subjects.pictures(identity, recipe.pictures, [1, number])
+    portraits = subjects.pictures(identity, recipe.pictures, [TRAINING, number])
     captions = [recipe.caption(p.caption) for p in portraits]
     distinct = list(dict.fromkeys(captions))
     return Features(

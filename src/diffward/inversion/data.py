@@ -77,7 +77,10 @@ class Data:
             if isinstance(v, Tensor)
         }
         return replace(
-            self, rows=self.rows + other.rows, tokens=self.tokens.join(other.tokens), **fields
+            self,
+            rows=self.rows + other.rows,
+            tokens=Tokens.cat([self.tokens, other.tokens]),
+            **fields,
         )
 
 

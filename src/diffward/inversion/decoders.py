@@ -61,7 +61,7 @@ class LatentDecoder(nn.Module):
 @DECODERS.register("base", access="file and base", cost="steps x 2 passes a picture")
 def base(inverter: Inverter, denoiser: Denoiser, z: Tensor, seeds: Sequence[int]) -> np.ndarray:
     """The base, LoRA off, conditioned on z: what z itself carries."""
-    with _off(denoiser):
+    with denoiser.bare():
         return conditioned(denoiser, *prompts(inverter, denoiser, z), seeds)
 
 
@@ -90,14 +90,15 @@ def guided(inverter: Inverter, denoiser: Denoiser, z: Tensor, seeds: Sequence[in
 def latent(inverter: Inverter, denoiser: Denoiser, z: Tensor, seeds: Sequence[int]) -> np.ndarray:
     """A small network from z to latents: the mean picture of the subject."""
     with torch.no_grad():
-        return denoiser.decode(inverter.pictures(z.to(denoiser.device)))
+        return denoiser.decode(inverter.pictures(z.cpu()))
 
 
 def prompts(inverter: Inverter, denoiser: Denoiser, z: Tensor) -> tuple[Tensor, Tensor]:
     """Conditioning of z, and of the empty caption."""
     with torch.no_grad():
         null = denoiser.condition([""])
-        return inverter.prompt(z.to(denoiser.device), null), null
+        # The inverter stays on the CPU, wherever the base is.
+        return inverter.prompt(z.cpu(), null.cpu()).to(denoiser.device), null
 
 
 def conditioned(
@@ -134,9 +135,3 @@ def _drawn(
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def _off(denoiser: Denoiser):  # type: ignore[no-untyped-def]
-    import contextlib
-
-    return denoiser.adapter(False) if denoiser._adapter is not None else contextlib.nullcontext()

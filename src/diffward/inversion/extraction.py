@@ -82,6 +82,43 @@ def extrapolate(
 
 
 @torch.no_grad()
+def draw(
+    denoiser: Denoiser,
+    conditioning: Tensor,
+    *,
+    count: int = 64,
+    weight: float = 3.0,
+    steps: int = 20,
+    seed: int = 0,
+    reference: Tensor | None = None,
+) -> np.ndarray:
+    """Pictures uint8 (count, H, W, 3) by `extrapolate`.
+
+    Args:
+        denoiser: with the suspect's adapter attached.
+        conditioning, reference: (n, L, D), given to the pictures in turn; the reference may be one for all.
+
+    Raises:
+        InputError: `count` is less than 1.
+        RuntimeError: no adapter is attached.
+    """
+    if count < 1:
+        raise InputError(f"{count} pictures to draw: must be at least 1")
+    size, parts = max(1, denoiser.unet_batch // 2), []
+    for start in range(0, count, size):
+        rows = range(start, min(count, start + size))
+
+        def turn(texts: Tensor, rows: range = rows) -> Tensor:
+            return texts[[i % len(texts) for i in rows]]
+
+        latents = extrapolate(
+            denoiser, turn(conditioning), [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in rows],
+            weight=weight, steps=steps, reference=None if reference is None else turn(reference),
+        )  # fmt: skip
+        parts.append(denoiser.decode(latents))
+    return np.concatenate(parts)
+
+
 def extract(
     denoiser: Denoiser,
     conditioning: Tensor,
@@ -98,10 +135,8 @@ def extract(
     """Draw `count` pictures and cluster them.
 
     Args:
-        denoiser: with the suspect's adapter attached.
-        conditioning: (n, L, D), given to the pictures in turn.
+        denoiser, conditioning, weight, steps, seed, reference: see `draw`.
         pictures: how many training pictures are looked for: so many clusters at least, and so many representatives.
-        weight, steps, reference: see `extrapolate`.
         centre: mean feature (d,) of pictures of the kind; of those drawn by default.
 
     Raises:
@@ -110,16 +145,9 @@ def extract(
     """
     if count < 1 or pictures < 1:
         raise InputError(f"{count} to draw, {pictures} to find: both must be at least 1")
-    size, parts = max(1, denoiser.unet_batch // 2), []
-    for start in range(0, count, size):
-        rows = range(start, min(count, start + size))
-        latents = extrapolate(
-            denoiser, conditioning[[i % len(conditioning) for i in rows]],
-            [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in rows],
-            weight=weight, steps=steps, reference=reference,
-        )  # fmt: skip
-        parts.append(denoiser.decode(latents))
-    pixels = np.concatenate(parts)
+    pixels = draw(
+        denoiser, conditioning, count=count, weight=weight, steps=steps, seed=seed, reference=reference
+    )  # fmt: skip
     features = eye.features(pixels)
     unit = _unit(features, features.mean(0) if centre is None else centre)
     clusters, threshold = cluster(unit @ unit.T, pictures)

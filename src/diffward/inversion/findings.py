@@ -24,23 +24,25 @@ SHUFFLES = 199
 
 @dataclass(frozen=True)
 class IdentityFinding:
-    """How near the subject of given pictures is to what the weights say.
+    """How near the subject of given pictures is to what the weights say, by the floor, the simplest reader.
 
-    closeness   cosine of both vectors about the subjects' mean
-    rank        1 + strangers of the gallery that are as near
-    p_gallery   by strangers; p_others by other LoRAs' readings; p_shuffled by the file's own weights, shuffled
-    floor_rank  the rank by ridge regression alone
+    closeness     cosine of both vectors about the subjects' mean
+    rank          1 + strangers of the gallery that are as near
+    p_gallery     by strangers; p_others by other LoRAs' readings; p_shuffled by the file's own weights, shuffled
+    encoder_rank  the rank by the encoder
+    spread        mean squared distance of single pictures from their mean, by what it is for pictures of one subject
     """
 
     closeness: float
     rank: int
     gallery: int
-    floor_rank: int
+    encoder_rank: int
     p_gallery: float
     p_others: float
     others: int
     p_shuffled: float
     shuffles: int
+    spread: float
 
     @property
     def p_value(self) -> float:
@@ -70,20 +72,21 @@ def identity_finding(
 ) -> IdentityFinding:
     """One LoRA (tokens of it alone) against pictures of one subject, features (n, d) by the inverter's eye."""
     wanted = inverter.standard_identity(inverter.space.of(features))[None]
+    size = inverter.facts.identity
     reading = inverter.read(tokens)
-    own = inverter.closeness(reading.identity, wanted)[0, 0]
-    strangers = inverter.closeness(reading.identity, inverter.gallery)[0]
-    others = inverter.closeness(inverter.others, wanted)[:, 0]
-    shuffled = inverter.closeness(
-        inverter.read(shuffled_tokens(tokens, SHUFFLES, seed)).identity, wanted
-    )[:, 0]
-    floor = reading.floor[:, : inverter.facts.identity]
-    floor_own = inverter.closeness(floor, wanted)[0, 0]
-    nearer = int((strangers >= own).sum())
+
+    def rank(found: Tensor) -> int:
+        own = inverter.closeness(found, wanted)[0, 0]
+        return 1 + int((inverter.closeness(found, inverter.gallery)[0] >= own).sum())
+
+    floor = reading.floor[:, :size]
+    own = inverter.closeness(floor, wanted)[0, 0]
+    mixed = inverter.floor(tokens.of([0] * SHUFFLES).shuffled(seed).cores)[:, :size]
+    others, shuffled = (inverter.closeness(some, wanted)[:, 0] for some in (inverter.others, mixed))
     return IdentityFinding(
-        float(own), 1 + nearer, len(strangers),
-        1 + int((inverter.closeness(floor, inverter.gallery)[0] >= floor_own).sum()),
-        _p(strangers, own), _p(others, own), len(others), _p(shuffled, own), len(shuffled),
+        float(own), rank(floor), len(inverter.gallery), rank(reading.identity),
+        _p(inverter.closeness(floor, inverter.gallery)[0], own), _p(others, own), len(others), _p(shuffled, own),
+        len(shuffled), inverter.space.spread(features),
     )  # fmt: skip
 
 
@@ -103,18 +106,6 @@ def size_finding(inverter: Inverter, tokens: Tokens) -> SizeFinding:
         math.exp(value),
         (max(1.0, math.exp(value + low)), math.exp(value + high)),
         1 - told["mae"] / told["constant_mae"],
-    )
-
-
-def shuffled_tokens(tokens: Tokens, count: int, seed: int = 0) -> Tokens:
-    """`count` times one LoRA, each core's entries in a random order of its own: norms and spectra stay."""
-    g = torch.Generator().manual_seed(seed)
-    cores = tokens.cores[0].float().flatten(1)
-    order = torch.rand((count, *cores.shape), generator=g).argsort(-1)
-    mixed = cores.expand(count, -1, -1).gather(-1, order).view(count, *tokens.cores.shape[1:])
-    return Tokens(
-        mixed,
-        *(x.expand(count, *x.shape[1:]) for x in (tokens.norms, tokens.spectra, tokens.present)),
     )
 
 

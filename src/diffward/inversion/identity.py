@@ -56,6 +56,13 @@ class IdentitySpace:
             0
         )
 
+    def spread(self, features: np.ndarray) -> float:
+        """Mean squared distance of pictures (n, d) from their mean, in units of what it is for one subject; 0 of a single one."""
+        if len(features) < 2:
+            return 0.0
+        each = (torch.from_numpy(np.asarray(features, np.float32)) - self.mean) @ self.turn
+        return float(each.var(0).mean())
+
     @property
     def size(self) -> int:
         return self.turn.shape[1]
@@ -70,14 +77,3 @@ def subject_features(
         pictures = subjects.pictures(number, count, seed)
         found.append(eye.features(np.stack([p.pixels for p in pictures])))
     return found
-
-
-def distances(found: Tensor, gallery: Tensor, precision: Tensor) -> Tensor:
-    """Squared distance (n, g) of vectors (n, k) from those of a gallery (g, k), in the metric `precision` (k, k)."""
-    half = torch.linalg.cholesky(precision)
-    return torch.cdist(found @ half, gallery @ half).square()
-
-
-def ranks(distance: Tensor, own: Tensor) -> Tensor:
-    """How many of a gallery (n, g) are nearer than the true subject, at distance `own` (n,)."""
-    return (distance < own[:, None]).sum(1)

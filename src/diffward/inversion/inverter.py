@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from diffward.inversion.tokens import Basis, Tokens
 if TYPE_CHECKING:
     from diffward.lora import LoraWeights
     from diffward.models.denoiser import Denoiser
+    from diffward.models.eyes import Eye
 
 TEXT_RANK = 8  # directions kept of what a held-out LoRA learned along
 SCHEMA = "diffward.inverter/1"
@@ -36,7 +38,7 @@ class Facts:
     Attributes:
         modules: names and (out, in) of the matrices.
         side: vectors of each basis.
-        identity: dimensions of identity vectors, of an eye's `features`.
+        identity: dimensions of identity vectors, of an eye's `features`; `eye_print` tells that eye from others.
         drawn: sizes of the conditioning and of the latents, for the decoders.
         sizes: subjects in the gallery, and held-out LoRAs kept for comparison.
         zoo: what it learned from.
@@ -48,6 +50,7 @@ class Facts:
     modules: dict[str, list[int]]
     side: int
     eye: str
+    eye_print: list[float]
     features: int
     identity: int
     attributes: dict[str, list[str]]
@@ -80,7 +83,7 @@ class Inverter(nn.Module):
     """Bases, floor, encoder, heads, decoders, and a gallery of strangers.
 
     Attributes:
-        gallery, others: identity vectors of strangers, and what the encoder reads of LoRAs of subjects that it never
+        gallery, others: identity vectors of strangers, and what the floor reads of LoRAs of subjects that it never
             saw: the two null distributions of an audit.
         empty: the floor's score of there being a subject, of LoRAs that hold none.
         moment, text_others: along which text states LoRAs learn, in the mean (D, D) and some held-out ones, factored.
@@ -249,6 +252,28 @@ class Inverter(nn.Module):
 def target_count(facts: Facts) -> int:
     """Numbers that the floor reads: identity, the attributes' values, log pictures, log steps, whether there is a subject."""
     return facts.identity + sum(map(len, facts.attributes.values())) + 3
+
+
+def eye_print(eye: Eye) -> list[float]:
+    """The first features of a fixed picture: another network, or other weights, see it otherwise."""
+    ramp = np.linspace(0, 255, 64)
+    picture = np.stack(
+        [np.add.outer(ramp, ramp) / 2, np.add.outer(ramp, 0 * ramp), np.add.outer(0 * ramp, ramp)],
+        -1,
+    )
+    return [round(float(v), 4) for v in eye.features(picture[None].astype(np.uint8))[0, :12]]
+
+
+def check_eye(facts: Facts, eye: Eye) -> Eye:
+    """The eye, if it is the one that the inverter learned with; InputError if not."""
+    seen = eye_print(eye)
+    if len(seen) != len(facts.eye_print) or not np.allclose(
+        seen, facts.eye_print, rtol=0.02, atol=0.02
+    ):
+        raise InputError(
+            f"--eye {eye.name}: is not the network that the inverter learned with ({facts.eye})"
+        )
+    return eye
 
 
 @lru_cache(maxsize=4)

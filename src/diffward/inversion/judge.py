@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from diffward.metrics.shares import wilson
 if TYPE_CHECKING:
     from diffward.inversion.inverter import Inverter, Reading
     from diffward.inversion.learn import Material
-    from diffward.inversion.tokens import Tokens
 
 CONTROLS = ("own", "shuffled", "other", "mean")
 
@@ -58,14 +57,6 @@ def controlled(reading: Tensor, shuffled: Tensor, control: str, seed: int = 0) -
     return reading.mean(0, keepdim=True).expand(len(reading), -1)
 
 
-def shuffle_tokens(tokens: Tokens, seed: int = 0) -> Tokens:
-    """The same LoRAs with the entries of each core in random order: norms and spectra stay, directions are lost."""
-    g = torch.Generator().manual_seed(seed)
-    cores = tokens.cores.flatten(2)
-    order = torch.rand(cores.shape, generator=g).argsort(-1)
-    return replace(tokens, cores=cores.gather(-1, order).view_as(tokens.cores))
-
-
 def attribute_accuracy(reading: Reading, labels: Tensor) -> float | None:
     """Mean share of attributes that are read right, labels (n, attributes)."""
     if not reading.attributes:
@@ -97,7 +88,7 @@ def held_out(inverter: Inverter, material: Material) -> dict[str, Any]:
     reading = inverter.read(data.tokens)
     own = inverter.standard_identity(data.identity)
     found: dict[str, Any] = {}
-    shuffled = inverter.read(shuffle_tokens(data.tokens))
+    shuffled = inverter.read(data.tokens.shuffled())
     for name, vectors in (
         ("encoder", reading.identity), ("floor", floor_identity(reading, inverter.facts.identity)),
         ("shuffled", shuffled.identity),

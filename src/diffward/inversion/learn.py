@@ -25,10 +25,10 @@ from diffward.inversion.encoder import EncoderConfig
 from diffward.inversion.fit import Encode, fit_encoder
 from diffward.inversion.floor import Floor
 from diffward.inversion.identity import IdentitySpace
-from diffward.inversion.inverter import Facts, Inverter
+from diffward.inversion.inverter import Facts, Inverter, eye_print
 from diffward.inversion.judge import held_out
-from diffward.inversion.prompt import zoo_evidence
-from diffward.inversion.subjects import open_subjects
+from diffward.inversion.prompt import KEYS_AND_VALUES, strongest, zoo_evidence
+from diffward.inversion.subjects import open_subjects, public_subjects
 from diffward.inversion.teach import Pupil, train_latents, train_prompt
 from diffward.inversion.tokens import SIDE, Basis
 
@@ -77,6 +77,17 @@ class InverterSettings:
         for name in ("epochs", "batch", "width", "layers", "side"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.width % 4:
+            raise InputError(f"--width {self.width}: must be a multiple of 4")
+        if not 0 <= self.dropout < 1 or not self.lr > 0:
+            raise InputError(
+                f"--dropout {self.dropout}, --lr {self.lr}: must be in [0, 1), and above 0"
+            )
+        for name in ("weight_decay", "noise", "kl", "free", "prompt_steps", "seed"):
+            if not getattr(self, name) >= 0:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or above"
+                )
 
 
 @dataclass
@@ -103,6 +114,10 @@ def prepare(
         InputError: too few LoRAs to learn from and to judge by.
     """
     subjects = open_subjects(zoo.head.subjects, seed=zoo.head.seed, side=zoo.head.resolution)
+    if zoo.head.subjects_digest != subjects.digest:
+        raise InputError(
+            f"{zoo.head.subjects}: its folders or pictures are not those that {zoo.folder} was built from; put them back"
+        )
     splits = {name: zoo.of_split(name) for name in ("train", "valid", "test")}
     for name, least in (("train", 20), ("valid", 2), ("test", 2)):
         if (count := len({row.identity for row in splits[name]})) < least:
@@ -110,9 +125,12 @@ def prepare(
                 f"{zoo.folder}: {count} subjects of the {name} split, at least {least} are needed; make it grow"
             )
     for other in empty:
-        if other.head.base_identity != zoo.head.base_identity:
+        if (other.head.base_identity, other.head.modules) != (
+            zoo.head.base_identity,
+            zoo.head.modules,
+        ):
             raise InputError(
-                f"{other.folder}: its LoRAs are for another base than those of {zoo.folder}"
+                f"{other.folder}: its LoRAs are for another base, or adapt other modules, than those of {zoo.folder}"
             )
     basis = Basis.fit(zoo, zoo.last_saves(splits["train"]), side)
     known = sorted({row.identity for row in splits["train"]})
@@ -169,7 +187,9 @@ def train_inverter(
 @torch.no_grad()
 def _finish(inverter: Inverter, material: Material, data: Data, unseen: Tensor) -> None:
     """What is known only of the trained network: readings of held-out LoRAs, and how good they are."""
-    inverter.others.copy_(inverter.read(material.valid.last().tokens).identity)
+    inverter.others.copy_(
+        inverter.floor(material.valid.last().tokens.cores)[:, : inverter.facts.identity]
+    )
     inverter.empty.copy_(_empty_scores(inverter, material, data, unseen))
     _text(inverter, material.zoo)
     inverter.facts = replace(inverter.facts, held_out=held_out(inverter, material))
@@ -186,16 +206,15 @@ def _empty_scores(inverter: Inverter, material: Material, data: Data, unseen: Te
 
 def _text(inverter: Inverter, zoo: Zoo) -> None:
     """What LoRAs learn along in the mean, and what some held-out ones do, for the question of words."""
+    if not len(inverter.text_others):
+        return
     train, valid = (zoo.last_saves(zoo.of_split(split)) for split in ("train", "valid"))
     moments = zoo_evidence(zoo, train[:400])
-    if moments is None or moments.shape[1:] != inverter.moment.shape:
-        return
+    assert moments is not None
     inverter.moment.copy_(moments.mean(0))
     some = zoo_evidence(zoo, valid[: len(inverter.text_others)])
     assert some is not None
-    values, vectors = torch.linalg.eigh(some)
-    top = slice(-inverter.text_others.shape[2], None)
-    inverter.text_others.copy_(vectors[..., top] * values[..., top].clamp_min(0).sqrt()[:, None])
+    inverter.text_others.copy_(strongest(some, inverter.text_others.shape[2]))
 
 
 def _start(
@@ -227,14 +246,14 @@ def _start(
         "empty": len(data.last(subject=False)) + len(material.valid.last(subject=False)),
         "text": 0,
     }
-    if denoiser is not None:
+    if denoiser is not None and any(name.endswith(KEYS_AND_VALUES) for name in head.modules):
         sizes["text"] = min(TEXTS, sizes["others"])
     torch.manual_seed(settings.seed)
     inverter = Inverter(Facts(
-        base=head.base, base_identity=head.base_identity, modules=head.modules, side=settings.side, eye=material.eye.name,
+        base=head.base, base_identity=head.base_identity, modules=head.modules, side=settings.side, eye=material.eye.name, eye_print=eye_print(material.eye),
         features=len(material.space.mean), identity=material.space.size, attributes=attributes, encoder=asdict(config),
         drawn=drawn, held_out={}, sizes=sizes,
-        zoo={"subjects": head.subjects, "loras": len({r.lora for r in material.zoo.rows}), "ranges": head.ranges, "seed": head.seed},
+        zoo={"subjects": public_subjects(head.subjects), "loras": len({r.lora for r in material.zoo.rows}), "ranges": head.ranges, "seed": head.seed},
     ))  # fmt: skip
     with torch.no_grad():
         for i, name in enumerate(head.modules):

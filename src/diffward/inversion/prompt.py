@@ -172,41 +172,70 @@ def decode(
 
 @dataclass(frozen=True)
 class CaptionFit:
-    """How a known caption fits: its score; the share of other LoRAs that it fits as well, and of other words that fit as well.
+    """How a known caption fits, against three null distributions; each p is (1 + those that fit as well) / (1 + all).
 
-    `p_others` and `p_words` are (1 + those that do) / (1 + all).
+    p_others   other LoRAs that the caption fits as well
+    p_words    captions of random words of its length that fit this LoRA as well
+    p_rivals   captions of the owner's held-out pictures that do; None where there are fewer than 19 others
     """
 
     caption: str
     score: float
     p_others: float
     p_words: float
+    p_rivals: float | None = None
 
     @property
     def p_value(self) -> float:
-        return max(self.p_others, self.p_words)
+        return max(self.p_others, self.p_words, self.p_rivals or 0.0)
 
 
 def caption_fit(
     found: Tensor, others: Tensor, words: Words, caption: str, metric: Tensor | None,
-    count: int = 400, seed: int = 0,
+    rivals: Sequence[str] = (), count: int = 400, seed: int = 0,
 ) -> CaptionFit:  # fmt: skip
-    """A caption against other LoRAs' evidence (m, D, D) and against `count` captions of random words of its length.
+    """A caption under a LoRA's evidence (D, D).
+
+    Args:
+        others: other LoRAs' evidence, factored (m, D, k) as `strongest` gives it; this LoRA's is cut alike.
+        rivals: captions of the same kind that did not train.
+        count: captions of random words.
 
     Raises:
-        InputError: the caption is empty.
+        InputError: the caption is empty, or there are no others.
     """
     ids = words.ids(caption)
     if not ids:
         raise InputError("an empty caption has no words to look for")
+    if not len(others):
+        raise InputError("there are no other LoRAs to compare with")
     g = torch.Generator().manual_seed(seed)
     decoys = words.tokens[torch.randint(len(words.tokens), (count, len(ids)), generator=g)]
-    own = words.caption_scores(torch.cat([found[None], others]), torch.tensor([ids]), metric)[:, 0]
-    against = words.caption_scores(found[None], decoys, metric)[0]
+    roots = torch.cat([strongest(found[None], others.shape[2]), others])
+    every = roots @ roots.mT
+    own = words.caption_scores(every, torch.tensor([ids]), metric)[:, 0]
+    against = words.caption_scores(every[:1], decoys, metric)[0]
+
+    def p(cases: Tensor) -> float:
+        return (1 + int((cases >= own[0]).sum())) / (1 + len(cases))
+
+    beside = [words.ids(text) for text in dict.fromkeys(rivals) if text and text != caption]
+    scores = [
+        words.caption_scores(every[:1], torch.tensor([one]), metric)[0] for one in beside if one
+    ]
     return CaptionFit(
-        caption, float(own[0]), (1 + int((own[1:] >= own[0]).sum())) / (1 + len(others)),
-        (1 + int((against >= own[0]).sum())) / (1 + count),
-    )  # fmt: skip
+        caption,
+        float(own[0]),
+        p(own[1:]),
+        p(against),
+        p(torch.cat(scores)) if len(scores) >= 19 else None,
+    )
+
+
+def strongest(found: Tensor, count: int) -> Tensor:
+    """The strongest directions of evidence (n, D, D), factored: (n, D, count), whose squares give the evidence cut to them."""
+    values, vectors = torch.linalg.eigh(found)
+    return vectors[..., -count:] * values[..., -count:].clamp_min(0).sqrt()[..., None, :]
 
 
 def _moment(one: Canonical) -> Tensor:

@@ -2,7 +2,7 @@
 
 After DSiRe (Salama et al. 2024, arXiv 2406.19395): in each module the nearest LoRA of known size by its spectrum,
 and a vote over the modules. The paper's LoRAs share one recipe; where rank, rate and length vary, these move the
-spectrum far more than the number of pictures does and it reads nothing, so `Constant` stands beside it in every report.
+spectrum far more than the number of pictures does and it reads nothing, so `Constant` stands beside it in the bench.
 """
 
 from __future__ import annotations

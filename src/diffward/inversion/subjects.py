@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from diffward.errors import InputError
 
 WORLD = "world"
+TRAINING = 1  # first number of the seeds of pictures that LoRAs are trained on
 _KINDS = {"": "portrait", "logo": "logo", "garment": "garment"}
 
 
@@ -28,10 +30,12 @@ class Subjects(Protocol):
 
     Attributes:
         name: what it is called on the command line.
+        digest: of what they are: a folder may change.
         attributes: what is known of every subject: attribute name -> its values; empty where nothing is.
     """
 
     name: str
+    digest: str
     attributes: dict[str, list[str]]
 
     def __len__(self) -> int: ...
@@ -56,7 +60,7 @@ class World:
                 f"--subjects {WORLD}:{kind}: choose {WORLD}, {WORLD}:logo or {WORLD}:garment"
             )
         self.name = f"{WORLD}:{kind}" if kind else WORLD
-        self.domain, self.seed = _KINDS[kind], seed
+        self.domain, self.seed, self.digest = _KINDS[kind], seed, ""
         self.attributes = dict(IDENTITY if self.domain == "portrait" else DOMAINS[self.domain])
 
     def __len__(self) -> int:
@@ -98,6 +102,15 @@ class Folders:
         self.name, self.side = str(root), side
         self.attributes: dict[str, list[str]] = {}
         self._subjects = [load_pictures(folder) for folder in found]
+        for folder, own in zip(found, self._subjects, strict=True):
+            if len(own) < 2:
+                raise InputError(
+                    f"{folder}: one picture; at least 2 a subject are needed, one to train on and one to know it by"
+                )
+        told = [
+            (folder.name, own.hashes) for folder, own in zip(found, self._subjects, strict=True)
+        ]
+        self.digest = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._subjects)
@@ -107,8 +120,16 @@ class Folders:
 
     def pictures(self, number: int, count: int, seed: Sequence[int]) -> list[Portrait]:
         own = self._subjects[number]
-        order = np.random.default_rng([number, *seed]).permutation(len(own))[:count]
-        return [Portrait(own[i].load(self.side), own[i].caption) for i in order]
+        # One half, by hash, is for training LoRAs (seeds that begin with 1), the other for everything else.
+        order = sorted(range(len(own)), key=lambda i: own[i].sha256)
+        half = order[::2] if seed[0] == TRAINING else order[1::2]
+        chosen = np.random.default_rng([number, *seed]).permutation(half)[:count]
+        return [Portrait(own[i].load(self.side), own[i].caption) for i in chosen.tolist()]
+
+
+def public_subjects(name: str) -> str:
+    """What they may be called in a file that is passed on: not where they lay on this machine."""
+    return name if name.split(":")[0] == WORLD else "a folder"
 
 
 def open_subjects(name: str, *, seed: int, side: int) -> Subjects:

@@ -48,9 +48,17 @@ class Tokens:
             self.cores[index], self.norms[index], self.spectra[index], self.present[index]
         )
 
-    def join(self, other: Tokens) -> Tokens:
-        pairs = ((a, getattr(other, name)) for name, a in vars(self).items())
-        return Tokens(*(torch.cat(pair) for pair in pairs))
+    @classmethod
+    def cat(cls, parts: Sequence[Tokens]) -> Tokens:
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
+    def shuffled(self, seed: int = 0) -> Tokens:
+        """The entries of each core in a random order of its own: norms and spectra stay, directions are lost."""
+        g = torch.Generator().manual_seed(seed)
+        cores = self.cores.flatten(2)
+        order = torch.rand(cores.shape, generator=g).argsort(-1)
+        mixed = cores.gather(-1, order).view_as(self.cores)
+        return Tokens(mixed, self.norms, self.spectra, self.present)
 
     def half(self) -> Tokens:
         """In half precision, for keeping many."""
@@ -106,11 +114,7 @@ class Basis:
                 self.project({name: _module(tensors, name) for name in self.modules}).half()
             )
             order += numbers
-        whole = parts[0]
-        if len(parts) > 1:
-            names = vars(whole)
-            whole = Tokens(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
-        return whole.of(torch.tensor(order).argsort())
+        return Tokens.cat(parts).of(torch.tensor(order).argsort())
 
     def of_lora(
         self, weights: LoraWeights, base_weights: Mapping[str, Tensor] | None = None

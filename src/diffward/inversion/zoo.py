@@ -54,6 +54,7 @@ class Head:
     base_identity: str
     resolution: int
     subjects: str
+    subjects_digest: str
     attributes: dict[str, list[str]]
     seed: int
     count: int
@@ -156,7 +157,7 @@ def read_head(folder: Path) -> Head:
         data = json.loads((folder / HEAD).read_text(encoding="utf-8"))
         if data.pop("schema") != SCHEMA:
             raise ValueError
-        return Head(**data)
+        return Head(**{"subjects_digest": "", **data})
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{folder}: is no zoo (no readable {HEAD}); make one with diffward zoo build"

@@ -210,6 +210,10 @@ class Denoiser:
         finally:
             self._adapter.enable(before)
 
+    def bare(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the base is bare, whether an adapter is attached or not."""
+        return self.adapter(False) if self._adapter is not None else contextlib.nullcontext()
+
     @property
     def trainable_adapter(self) -> PeftAdapter | None:
         """The adapter that `inject` put on, if it is still there."""
@@ -276,7 +280,7 @@ class Denoiser:
     def unet_identity(self) -> str:
         """Hash of the untouched base, the UNet and the noise schedule included."""
         schedule = self.alphas_cumprod.cpu().numpy().tobytes().hex()
-        with self.adapter(False) if self._adapter else contextlib.nullcontext():
+        with self.bare():
             return _digest([self.unet], f"{self._identity}{self.prediction_type}{schedule}")
 
     @property

@@ -68,7 +68,10 @@ def audit_lora(
     if denoiser is not None and isinstance(audited, AuditedLora):
         read = audited.file.load()
         questions, drawn, notes = audit_weights(
-            denoiser, read, sides, weights or WeightsOptions(seed=options.seed)
+            denoiser,
+            read,
+            sides,
+            weights or WeightsOptions(seed=options.seed, captions=options.captions == "known"),
         )
         if per_image is not None and drawn:
             per_image["drawn"] = drawn

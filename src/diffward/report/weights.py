@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from diffward.errors import InputError
-from diffward.report.images import thumbnail
+from diffward.report.images import small, thumbnail
 from diffward.report.schema import Question
 from diffward.report.weights_verdict import (
     copies_question,
     identity_question,
+    prompt_level,
     prompt_question,
     size_question,
     subject_question,
@@ -34,7 +35,7 @@ SMALL_VOCABULARY = 5000
 
 
 class Pair(TypedDict):
-    """A drawn picture beside the owner's nearest; data URIs, shown in the page only."""
+    """A drawn picture beside the owner's nearest; small data URIs, shown in the page only, blurred until clicked."""
 
     drawn: str
     nearest: str
@@ -48,7 +49,6 @@ class Drawn(TypedDict):
     title: str
     control: bool
     pairs: list[Pair]
-    note: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,16 @@ class WeightsOptions:
 
     Attributes:
         inverter: file of `diffward inverter train`; the shipped one for the base by default, if there is one.
+        eye: what the inverter learned with, where it is to be found here; by default under the name that it had.
         draws: pictures drawn to look for copies; None: 32 where the latents are small, else none.
+        captions: whether pictures for copies may be drawn for the captions.
         enabled: whether anything is asked.
     """
 
     inverter: Path | None = None
+    eye: str | None = None
     draws: int | None = None
+    captions: bool = True
     enabled: bool = True
     seed: int = 0
 
@@ -77,13 +81,14 @@ def audit_weights(
     """The questions about weights, pictures for the page (only beside pictures of the owner's), and notes.
 
     Args:
-        weights: as read from the file; attached to `denoiser` where something is drawn.
+        weights: as read from the file; attached to `denoiser` where something is drawn. What is attached is taken off.
         sides: the owner's pictures; without them there are scores and no pictures (guard rail).
     """
     from diffward.inversion.inverter import open_inverter
 
     if not options.enabled:
         return [], [], []
+    denoiser.detach()  # all that is read is compared with the bare base
     inverter = open_inverter(options.inverter, denoiser)
     weights = weights.resolve(denoiser.module_shapes())
     questions: list[Question] = []
@@ -95,7 +100,7 @@ def audit_weights(
             raise InputError(
                 "no inverter for this base is known (diffward zoo build, diffward inverter train)"
             )
-        found, pictures = _read(inverter, denoiser, weights, sides, options)
+        found, pictures = _read(inverter, denoiser, weights, sides, options, notes)
         questions.extend(found)
         drawn.extend(pictures)
 
@@ -123,31 +128,32 @@ def _read(
     weights: LoraWeights,
     sides: Sides | None,
     options: WeightsOptions,
+    notes: list[str],
 ) -> tuple[list[Question], list[Drawn]]:
     from diffward.inversion.findings import identity_finding, size_finding, subject_finding
 
     tokens = inverter.tokens(weights, denoiser)
-    subject, accuracy = subject_finding(inverter, tokens), inverter.facts.held_out["encoder"]
+    subject, accuracy = subject_finding(inverter, tokens), inverter.facts.held_out["floor"]
     size = size_question(size_finding(inverter, tokens), len(sides.members) if sides else None)
     if sides is None:
         return [subject_question(subject, accuracy), size], []
-    eye = _eye(inverter, denoiser)
-    pixels = sides.members.pixels(denoiser.resolution)
-    features = eye.features(pixels)
+    try:
+        eye = _eye(inverter, denoiser, options)
+        pixels = sides.members.pixels(denoiser.resolution)
+        features = eye.features(pixels)
+    except InputError as error:
+        notes.append(f"identity: not asked: {error}")
+        return [size], []
     finding = identity_finding(inverter, tokens, features, options.seed)
     question = identity_question(finding, subject, accuracy)
-    drawn = []
-    if inverter.facts.drawn["latents"] == list(denoiser.latent_shape):
-        drawn = _pictures(
-            inverter,
-            denoiser,
-            weights,
-            tokens,
-            eye,
-            (pixels, features, sides.members),
-            options.seed,
-        )
-    return [question, size], drawn
+    if question["level"] in (None, "none_shown"):
+        # Whoever has other pictures than the subject's sees none of the subject.
+        return [question, size], []
+    if inverter.facts.drawn["latents"] != list(denoiser.latent_shape):
+        notes.append("no pictures are drawn: the inverter's decoders are for another resolution")
+        return [question, size], []
+    real = pixels, features, sides.members
+    return [question, size], _pictures(inverter, denoiser, weights, tokens, eye, real, options.seed)
 
 
 def _pictures(
@@ -156,17 +162,18 @@ def _pictures(
 ) -> list[Drawn]:  # fmt: skip
     """Each decoder's pictures beside the owner's nearest; the control is the base on z of shuffled weights."""
     from diffward.inversion.decoders import DECODERS
-    from diffward.inversion.findings import nearest, shuffled_tokens
+    from diffward.inversion.findings import nearest
 
     pixels, features, pictures = real
     z = inverter.read(tokens).mu.expand(SHOWN, -1)
-    mixed = inverter.read(shuffled_tokens(tokens, SHOWN, seed)).mu
+    mixed = inverter.read(tokens.of([0] * SHOWN).shuffled(seed)).mu
     seeds = [seed * 1_000_003 + i for i in range(SHOWN)]
     denoiser.attach(weights)
     ways = [
         ("From the weights, by the untouched base model", "base", z, SHOWN), ("The mean picture, without any model that draws", "latent", z, 1),
         ("From the weights, by the fine-tuned model", "victim", z, SHOWN),
-        ("Control: the same weights, shuffled", "base", mixed, SHOWN),
+        ("Control: the same weights shuffled, by the untouched base model", "base", mixed, SHOWN),
+        ("Control: the same weights shuffled, by the fine-tuned model", "victim", mixed, SHOWN),
     ]  # fmt: skip
     found: list[Drawn] = []
     for title, name, key, count in ways:
@@ -174,7 +181,7 @@ def _pictures(
         rows, close = nearest(inverter, eye.features(made), features)
         pairs: list[Pair] = [
             {
-                "drawn": thumbnail(picture), "nearest": thumbnail(pixels[row]),
+                "drawn": thumbnail(small(picture)), "nearest": thumbnail(small(pixels[row])),
                 "file": pictures[int(row)].name or pictures[int(row)].path.name, "closeness": float(value),
             }
             for picture, row, value in zip(made, rows, close, strict=True)
@@ -199,12 +206,14 @@ def _prompt(
         raise InputError("without an inverter there are no other LoRAs to compare with; not asked")
     caption, times = Counter(c for c in sides.members.captions if c).most_common(1)[0]
     found, words = evidence(weights), Words(denoiser, options.seed)
-    others = inverter.text_others @ inverter.text_others.mT
+    others = inverter.text_others
     discounted = metric(inverter.moment)
-    fit = caption_fit(found, others, words, caption, discounted, seed=options.seed)
+    rivals = [c for c in sides.non_members.captions if c]
+    fit = caption_fit(found, others, words, caption, discounted, rivals, seed=options.seed)
     guess = None
     # Every word of the vocabulary goes through the text encoder for every word decoded.
-    if len(words.tokens) <= SMALL_VOCABULARY or denoiser.device.type == "cuda":
+    cheap = len(words.tokens) <= SMALL_VOCABULARY or denoiser.device.type == "cuda"
+    if cheap and prompt_level(fit) != "none_shown":
         length = min(6, len(words.ids(caption)))
         guess = decode(found, words, length=length, metric=discounted)[0].text
     return prompt_question(fit, guess, times, len(sides.members))
@@ -219,32 +228,33 @@ def _copies(
     options: WeightsOptions,
 ) -> Question:
     """Pictures drawn with extrapolated guidance, near training pictures or as near others; and the base's own."""
-    from diffward.inversion.extraction import copy_scores, extract
+    from diffward.inversion.extraction import copy_scores, draw
 
-    eye = _eye(inverter, denoiser)
-    denoiser.attach(weights)
+    eye = _copies_eye(inverter, denoiser, options)
     members, others = (
         eye.features(s.pixels(denoiser.resolution)) for s in (sides.members, sides.non_members)
     )
     centre = others.mean(0)
-    captions = [c for c in dict.fromkeys(sides.members.captions) if c][:8]
-    name, texts = ("the training captions", captions) if captions else ("the empty caption", [""])
-    conditioning = denoiser.condition(texts)
-    scores: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for weight, who in ((3.0, ""), (0.0, ", by the base alone")):
-        made = extract(
-            denoiser,
-            conditioning,
-            eye,
-            count=count,
-            weight=weight,
-            steps=DRAW_STEPS,
-            seed=options.seed,
+    # As many captions of either side: a model that follows its prompt must not come nearer to one side by that.
+    texts = [""]
+    if options.captions:
+        kinds = (
+            [c for c in dict.fromkeys(side.captions) if c]
+            for side in (sides.members, sides.non_members)
         )
-        scores[name + who] = (
-            copy_scores(made.features, members, centre), copy_scores(made.features, others, centre),
+        texts = [c for pair in zip(*kinds, strict=False) for c in pair][:8] or [""]
+    reference = denoiser.condition(texts)  # before the LoRA, which may change the text encoder
+    denoiser.attach(weights)
+    conditioning = denoiser.condition(texts)
+    near: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, weight in (("model", 3.0), ("base", 0.0)):
+        made = draw(
+            denoiser, conditioning, count=count, weight=weight, steps=DRAW_STEPS, seed=options.seed,
+            reference=reference,
         )  # fmt: skip
-    return copies_question(scores, count)
+        features = eye.features(made)
+        near[name] = copy_scores(features, members, centre), copy_scores(features, others, centre)
+    return copies_question(near["model"], near["base"], count, named=texts != [""])
 
 
 def _draws(denoiser: Denoiser, options: WeightsOptions) -> int:
@@ -254,10 +264,26 @@ def _draws(denoiser: Denoiser, options: WeightsOptions) -> int:
     return DRAWN if height * width <= AUTO_LATENTS or denoiser.device.type == "cuda" else 0
 
 
-def _eye(inverter: Inverter | None, denoiser: Denoiser) -> Eye:
-    """The inverter's; without one the autoencoder's own latents."""
-    from diffward.models.eyes import Latents, open_eye
+def _eye(inverter: Inverter, denoiser: Denoiser, options: WeightsOptions) -> Eye:
+    """The inverter's own. Raises InputError: it is not here, it is another, or it cannot see pictures of this size."""
+    from diffward.inversion.inverter import check_eye
+    from diffward.models.eyes import open_eye
 
-    if inverter is None:
-        return Latents(denoiser)
-    return open_eye(inverter.facts.eye, str(denoiser.device))
+    return check_eye(
+        inverter.facts, open_eye(options.eye or inverter.facts.eye, str(denoiser.device))
+    )
+
+
+def _copies_eye(inverter: Inverter | None, denoiser: Denoiser, options: WeightsOptions) -> Eye:
+    """The same, or what every base has: the autoencoder's latents."""
+    from diffward.models.eyes import Latents
+
+    side = denoiser.resolution
+    try:
+        if inverter is not None:
+            eye = _eye(inverter, denoiser, options)
+            eye.features(np.zeros((1, side, side, 3), np.uint8))
+            return eye
+    except InputError:
+        pass
+    return Latents(denoiser)

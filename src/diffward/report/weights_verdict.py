@@ -2,14 +2,15 @@
 
 **Identity.** The p-value is the largest of three: strangers of a gallery that are as near to what the weights say, other
 LoRAs' readings that are as near to the subject, and the file's own weights shuffled. At most 1 in 40 harmless files can
-be given a level: low below 0.025, high below 0.01. The pictures of the page never change a level.
+be given a level: low below 0.025, high below 0.01; none where one in ten LoRAs without a subject looks as if it had one, and no claim where the pictures show
+more than one. The pictures of the page never change a level.
 
 **Words.** The training caption must fit the weights better than it fits other LoRAs, and than random words of its
 length do: low below 0.05, medium below 0.02.
 
-**Copies.** Pictures are drawn with extrapolated guidance. Training pictures must come nearer to them than held-out
-ones do (one-sided Mann-Whitney test, all ways of drawing allowed for); if the base model's own pictures do that too,
-no claim is made.
+**Copies.** Pictures are drawn with extrapolated guidance, and by the base alone from the same captions and noise. What is drawn
+must have moved towards training pictures more than towards held-out ones (one-sided Mann-Whitney test); if the base's own
+pictures are nearer to them already, no claim is made. Nearness is no copy: never more than high.
 
 **Number of pictures.** Only where the reading beats a constant on held-out LoRAs by a tenth is there an answer.
 """
@@ -24,12 +25,16 @@ from numpy.typing import ArrayLike
 
 from diffward.inversion.findings import IdentityFinding, SizeFinding, SubjectFinding
 from diffward.inversion.prompt import CaptionFit
-from diffward.report.schema import Level, Question
+from diffward.membership.statistics import newcombe_ci
+from diffward.report.schema import LEVELS, Level, Question
 from diffward.report.verdict import AUC_STEPS, BUDGET, rank, step_level
 
 IDENTITY_STEPS: tuple[tuple[float, Level], ...] = ((0.01, "high"), (0.025, "low"))
 PROMPT_STEPS: tuple[tuple[float, Level], ...] = ((0.02, "medium"), (0.05, "low"))
-SUBJECT_P, COPIES_P, SKILL = 0.02, 0.01, 0.1
+SUBJECT_P, SUBJECT_GATE, COPIES_P, SKILL = 0.02, 0.1, 0.01, 0.1
+SPREAD = (
+    4.0  # how much more than pictures of one subject those may differ that are called one subject's
+)
 
 
 def identity_question(
@@ -40,23 +45,34 @@ def identity_question(
     Args:
         accuracy: what the inverter reaches on held-out LoRAs, as `judge.Retrieval.figures` has it.
     """
+    if found.spread > SPREAD:
+        return _refused(
+            "identity",
+            "No claim about identity can be made: the training pictures do not show one subject (they differ among "
+            f"themselves {found.spread:.0f} times as much as pictures of one subject do). Ask with the pictures of one subject.",
+        )
     level = _below(found.p_value, IDENTITY_STEPS)
+    if subject is not None and not subject.p_value < SUBJECT_GATE:
+        level = "none_shown"
     ahead = found.rank - 1
     where = (
         f"Among {found.gallery} strangers and the subject of your pictures, the weights point to your subject first."
         if not ahead
-        else f"Of {found.gallery} strangers {ahead} look more like what the weights say than the subject of your pictures does."
+        else f"Of {found.gallery} strangers {ahead} {'looks' if ahead == 1 else 'look'} at least as much like what the weights "
+        "say as the subject of your pictures does."
     )
     if level == "none_shown":
         statement = f"Identity: {BUDGET}. {where}"
     else:
-        statement = (
-            "Whoever holds this file can tell who is in the training pictures, without a prompt, without a picture, and "
-            f"without running the model. {where}"
+        what = (
+            "can tell who is in the training pictures"
+            if not ahead
+            else f"can narrow down who is in the training pictures to {found.rank} of {found.gallery + 1}"
         )
+        statement = f"Whoever holds this file {what}, without a prompt, without a picture, and without running the model. {where}"
     evidence = [
-        f"Rank {found.rank} of {found.gallery + 1} (p = {found.p_gallery:.2g}); by ridge regression, the simplest "
-        f"reader there is, rank {found.floor_rank}.",
+        f"Rank {found.rank} of {found.gallery + 1} (p = {found.p_gallery:.2g}) by ridge regression, the simplest reader there "
+        f"is; by the network, rank {found.encoder_rank}.",
         f"Controls: of {found.others} LoRAs of other subjects {_count(found.p_others, found.others)} read as near to yours; of "
         f"{found.shuffles} random orders of this file's own weights, {_count(found.p_shuffled, found.shuffles)}.",
         accuracy_words(accuracy),
@@ -94,6 +110,10 @@ def subject_question(subject: SubjectFinding | None, accuracy: Mapping[str, Any]
     )  # fmt: skip
 
 
+def prompt_level(found: CaptionFit) -> Level:
+    return _below(found.p_value, PROMPT_STEPS)
+
+
 def prompt_question(found: CaptionFit, decoded: str | None, times: int, pictures: int) -> Question:
     """Can the training words be read back?
 
@@ -101,7 +121,7 @@ def prompt_question(found: CaptionFit, decoded: str | None, times: int, pictures
         decoded: what was decoded blindly, as long as the caption; None if that was not tried.
         times: pictures that have this caption, of `pictures`.
     """
-    level = _below(found.p_value, PROMPT_STEPS)
+    level = prompt_level(found)
     if level == "none_shown":
         statement = (
             f"Words: {BUDGET}. The caption was not shown to fit these weights better than others."
@@ -113,7 +133,12 @@ def prompt_question(found: CaptionFit, decoded: str | None, times: int, pictures
         )
     evidence = [
         f"Asked of the caption of {times} of {pictures} pictures. Other LoRAs that it fits as well: p = {found.p_others:.2g}; "
-        f"random words of its length that fit as well: p = {found.p_words:.2g}.",
+        f"random words of its length that fit as well: p = {found.p_words:.2g}"
+        + (
+            "."
+            if found.p_rivals is None
+            else f"; captions of held-out pictures: p = {found.p_rivals:.2g}."
+        ),
     ]
     if decoded is not None:
         evidence.append(f"Read without knowing it, word by word, the weights say “{decoded}”.")
@@ -144,61 +169,61 @@ def size_question(found: SizeFinding, pictures: int | None) -> Question:
     )  # fmt: skip
 
 
-def copies_question(scores: Mapping[str, tuple[ArrayLike, ArrayLike]], count: int) -> Question:
+def copies_question(
+    model: tuple[ArrayLike, ArrayLike],
+    base: tuple[ArrayLike, ArrayLike],
+    count: int,
+    *,
+    named: bool,
+) -> Question:
     """Does it draw copies of training pictures?
 
     Args:
-        scores: by way of drawing, how near anything drawn comes to each training picture and to each held-out one;
-            a name that ends with "by the base alone" is a control.
-        count: pictures drawn each way.
+        model: how near anything that the model draws comes to each training picture (m,) and to each held-out one (n,).
+        base: the same of what the base alone draws from the same captions and noise.
+        count: pictures drawn by either.
+        named: whether captions were used, as many of either side.
     """
-    from scipy.stats import mannwhitneyu
-
-    ways = {name: tuple(map(np.asarray, pair)) for name, pair in scores.items()}
-    found = {}
-    for name, (members, others) in ways.items():
-        test = mannwhitneyu(members, others, alternative="greater")
-        found[name] = float(test.statistic / (len(members) * len(others))), float(test.pvalue)
-    own = {name: value for name, value in found.items() if not name.endswith("by the base alone")}
-    name = max(own, key=lambda n: own[n][0])
-    auc, p_value = own[name][0], min(1.0, own[name][1] * len(own))
-    controls = {n: value for n, value in found.items() if n not in own}
-    worst = max(controls, key=lambda n: controls[n][0])
-    control, control_p = controls[worst]
-    if control_p * len(controls) < COPIES_P:
-        return {
-            **_question("copies", "none_shown", "", "auc", auc, None, f"base model AUC {control:.2f}", [], []),
-            "level": None, "claim": "refused",
-            "statement": "No claim about copies can be made: the base model's own pictures come nearer to the training pictures "
-            f"than to the held-out ones ({worst}: {round(100 * control)} times in 100), so the two differ by themselves.",
-        }  # fmt: skip
-    level: Level = step_level(auc, AUC_STEPS) if p_value < COPIES_P else "none_shown"
-    members, others = ways[name]
-    nearer = int((members > others.max()).sum())
-    evidence = [
-        f"{count} pictures were drawn for {name} with extrapolated guidance. A training picture comes nearer to one of them "
-        f"than a held-out one {round(100 * auc)} times in 100 (p = {p_value:.2g}); by the base alone {round(100 * control)} times.",
-        f"{nearer} of {len(members)} training pictures are nearer than every one of {len(others)} held-out ones.",
-    ]
-    if level == "none_shown":
-        statement = f"Copies: {BUDGET}. What the model draws comes no nearer to training pictures than to others."
-        return _question(
+    (members, others), (before, beside) = (tuple(map(np.asarray, pair)) for pair in (model, base))
+    control, control_p, _ = _nearer(before, beside)
+    if control_p < COPIES_P:
+        return _refused(
             "copies",
-            level,
-            statement,
-            "auc",
-            auc,
-            None,
-            f"base model AUC {control:.2f}",
-            evidence,
-            [],
+            "No claim about copies can be made: the base model's own pictures come nearer to the training pictures than to the "
+            f"held-out ones ({round(100 * control)} times in 100), so the two differ by themselves.",
         )
+    auc, p_value, low = _nearer(members - before, others - beside)
+    level: Level = "none_shown"
+    if p_value < COPIES_P and low > 0.5:
+        # Few pictures prove less than their estimate; nearness alone is never more than high.
+        steps = step_level(auc, AUC_STEPS), step_level(low, AUC_STEPS)
+        level = LEVELS[min(rank(steps[0]), rank(steps[1]) + 1, rank("high"))]
+    nearest = int((members > max(others.max(), before.max(), beside.max())).sum())
+    how = "the captions of both sides" if named else "the empty caption"
+    evidence = [
+        f"{count} pictures were drawn for {how} with extrapolated guidance, and as many by the base alone from the same noise. What "
+        f"is drawn moved towards a training picture more than towards a held-out one {round(100 * auc)} times in 100 "
+        f"(p = {p_value:.2g}; guessing gives 50).",
+        f"{nearest} of {len(members)} training pictures have something drawn nearer to them than to any of {len(others)} held-out ones.",
+    ]
+    figures = ("auc", auc, None, f"base model AUC {control:.2f}")
+    if level == "none_shown":
+        statement = f"Copies: {BUDGET}. What the model draws was not shown to come nearer to training pictures than to others."
+        return _question("copies", level, statement, *figures, evidence, [])
     return _question(
         "copies", level,
-        "What the model draws when pushed comes nearer to the training pictures than to others of the same kind.",
-        "auc", auc, None, f"base model AUC {control:.2f}", evidence,
-        ["Train for fewer passes, or on more pictures: copies come with over-training."],
+        "What the model draws when pushed comes nearer to the training pictures than to others of the same kind.", *figures,
+        evidence, ["Train for fewer passes, or on more pictures: copies come with over-training."],
     )  # fmt: skip
+
+
+def _nearer(members: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
+    """AUC of members' scores above others', its one-sided p-value, and the lower end of its 95 % interval."""
+    from scipy.stats import mannwhitneyu
+
+    test = mannwhitneyu(members, others, alternative="greater")
+    auc = float(test.statistic / (len(members) * len(others)))
+    return auc, float(test.pvalue), newcombe_ci(auc, len(members), len(others))[0]
 
 
 def accuracy_words(accuracy: Mapping[str, Any]) -> str:
@@ -219,6 +244,11 @@ def _subject_words(subject: SubjectFinding | None) -> list[str]:
     return [
         f"LoRAs without such a subject look the same to the reader ({_count(subject.p_value, subject.empty)} of {subject.empty})."
     ]
+
+
+def _refused(ident: str, statement: str) -> Question:
+    question = _question(ident, "none_shown", statement, None, None, None, None, [], [])
+    return {**question, "level": None, "claim": "refused"}
 
 
 def _count(p_value: float, cases: int) -> int:
