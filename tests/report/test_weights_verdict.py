@@ -112,10 +112,16 @@ def test_copies_are_what_moved_towards_training_pictures():
     assert refused["level"] is None and refused["claim"] == "refused"
 
 
-def test_five_pictures_prove_less_than_sixty():
-    base = np.zeros(5), np.zeros(5)
-    found = copies_question((np.arange(5) + 10.0, np.arange(5) * 1.0), base, 64, named=True)
-    assert found["value"] == 1.0 and found["level"] in ("low", "medium")
+def test_few_pictures_prove_less_than_many():
+    """The same AUC of about 0.8, of eight and of sixty pictures."""
+    levels = {}
+    for n in (8, 64):
+        base = np.zeros(n), np.zeros(n)
+        members = np.tile(np.arange(8.0), n // 8) + 2.6
+        found = copies_question((members, np.tile(np.arange(8.0), n // 8)), base, 64, named=True)
+        assert found["value"] == pytest.approx(0.77, abs=0.02)
+        levels[n] = found["level"]
+    assert levels == {8: "none_shown", 64: "high"}
 
 
 def test_headlines_and_schema():

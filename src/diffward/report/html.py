@@ -81,6 +81,7 @@ def render_report(
     context: dict[str, Any] = {"report": report, "script_csp": script_hash("sort.js")}
     context["refused"] = [q for q in report["questions"] if q["claim"] == "refused"]
     # Of what could not be claimed first, then of the worst.
+    context["lead"] = _lead(report)
     worst = sorted(report["questions"], key=lambda q: -rank(q["level"]) if q["level"] else -9)
     context["advice"] = list(dict.fromkeys(a for q in worst for a in q["advice"]))
     context.update(
@@ -205,6 +206,17 @@ def _boxes(membership: Mapping[str, Any], refused: bool) -> list[dict[str, str]]
             }
         )
     return boxes
+
+
+def _lead(report: Mapping[str, Any]) -> str | None:
+    """The answer that the verdict rests on, where it is one about the weights; nothing is put before a refusal."""
+    if any(q["claim"] == "refused" for q in report["questions"]):
+        return None
+    level = report["overall"]["level"]
+    at_worst = [q for q in report["questions"] if q["level"] == level and level != "none_shown"]
+    if any(q["id"] in ("membership", "metadata") for q in at_worst):
+        return None
+    return next((str(q["statement"]) for q in at_worst), None)
 
 
 def _drawn(groups: Sequence[Any]) -> list[dict[str, Any]]:

@@ -80,10 +80,7 @@ def identity_question(
     ]
     advice = []
     if level != "none_shown":
-        advice = [
-            "Do not share this file where it must stay secret who is in the pictures: fewer steps or a lower rank do not hide it "
-            "(docs/weights.md has the figures)."
-        ]
+        advice = ["Do not share this file where it must stay secret who is in the pictures."]
     return _question(
         "identity", level, statement, "p_value", found.p_value, None,
         f"other LoRAs p {found.p_others:.2g}, shuffled weights p {found.p_shuffled:.2g}", evidence, advice,
@@ -237,7 +234,7 @@ def accuracy_words(accuracy: Mapping[str, Any]) -> str:
 def _subject_words(subject: SubjectFinding | None) -> list[str]:
     if subject is None:
         return []
-    if subject.p_value < SUBJECT_P:
+    if subject.p_value < SUBJECT_GATE:
         return [
             f"The weights hold a subject of the kind that the reader knows (p = {subject.p_value:.2g})."
         ]
