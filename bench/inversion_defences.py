@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffward.lora import LoraWeights
     from diffward.models.features import Features
 
-VICTIMS, PICTURES, CAPTION = 12, 12, "a portrait of {}"
+VICTIMS, PICTURES, CAPTION = 10, 12, "a portrait of {}"
 STEPS = 60
 
 

@@ -117,7 +117,7 @@ def run(quick: bool = False) -> None:
         print(f"weight-inversion: another process is at {', '.join(missing)}; it writes the table")
         return
     rows: Rows = [row for file in files.values() for row in json.loads(file.read_text())]
-    record("weight-inversion", rows, seeds=[0, 1], quick=quick, notes=[
+    record("weight-inversion", rows, seeds=[0], quick=quick, notes=[
         "victims: the zoo's held-out subjects (decoders and matching: those with the longest training), the last save of each, start, step and recipe unknown unless a row says so; "
         "gallery: strangers, none of them in the zoo; top1_ci95: Wilson's interval",
         "control: own (none), shuffled (each module's core in random order), other (another victim's weights), mean (one reading "
