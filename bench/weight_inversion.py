@@ -59,7 +59,11 @@ class Setting:
     def settings(self) -> InverterSettings:
         from diffward.inversion.learn import InverterSettings
 
-        return InverterSettings(epochs=2, prompt_steps=20) if self.quick else InverterSettings()
+        return (
+            InverterSettings(epochs=2, prompt_steps=20, latent_steps=20)
+            if self.quick
+            else InverterSettings()
+        )
 
     @property
     def inverter(self) -> Inverter:

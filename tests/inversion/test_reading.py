@@ -27,7 +27,9 @@ from diffward.lora import open_lora, write_lora
 from diffward.models.eyes import open_eye
 from diffward.models.load import load_base
 
-QUICK = InverterSettings(epochs=2, batch=32, width=16, layers=1, side=12, prompt_steps=2)
+QUICK = InverterSettings(
+    epochs=2, batch=32, width=16, layers=1, side=12, prompt_steps=2, latent_steps=2
+)
 SEED = 77  # of people that the shipped inverter never saw
 RANGES = Ranges(steps="3:6", pictures="1:2", batch=1, checkpoints=2, rank="2,4")
 

@@ -69,6 +69,8 @@ class InverterSettings:
     """learn from all saves of a LoRA, or its last"""
     prompt_steps: int = 1200
     """steps of the decoder that writes a caption from z; 0: none"""
+    latent_steps: int = 1500
+    """steps of the decoder that gives latents from z"""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class InverterSettings:
             raise InputError(
                 f"--dropout {self.dropout}, --lr {self.lr}: must be in [0, 1), and above 0"
             )
-        for name in ("weight_decay", "noise", "kl", "free", "prompt_steps", "seed"):
+        for name in ("weight_decay", "noise", "kl", "free", "prompt_steps", "latent_steps", "seed"):
             if not getattr(self, name) >= 0:
                 raise InputError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or above"
@@ -177,7 +179,7 @@ def train_inverter(
         z = _encode(inverter, data, unseen)
     if denoiser is not None:
         pupil = Pupil(inverter, data, z, material.subjects, denoiser, work, run, settings.seed)
-        train_latents(pupil)
+        train_latents(pupil, settings.latent_steps)
         if settings.prompt_steps:
             train_prompt(pupil, settings.prompt_steps)
     _finish(inverter, material, data, unseen)

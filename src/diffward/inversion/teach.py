@@ -62,7 +62,7 @@ class Pupil:
         return self.z[rows].to(device), torch.stack(latents).to(device), g
 
 
-def train_latents(pupil: Pupil, steps: int = 1500, batch: int = 128) -> None:
+def train_latents(pupil: Pupil, steps: int, batch: int = 128) -> None:
     """z to latents: the mean picture of a subject is what squared error leaves."""
     decoder = pupil.inverter.pictures.to(pupil.denoiser.device)
 
