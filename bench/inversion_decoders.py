@@ -25,6 +25,16 @@ def decoders(setting: Setting) -> Rows:
     return [judged(setting, victims, name, pixels) for name, pixels in pictures.items()]
 
 
+def read_words(setting: Setting) -> Rows:
+    """The same with the caption that was decoded from the weights, word by word, in the place of z."""
+    victims = longest(setting, 4 if setting.quick else VICTIMS)
+    return [
+        judged(setting, victims, (name, READ), draw(setting, victims, name, READ))
+        for name in ("victim", "guided")
+    ]
+
+
+READ = "read prompt"
 # (decoder, control)
 WAYS = [
     ("base", "own"), ("base", "shuffled"), ("base", "other"), ("latent", "own"), ("latent", "shuffled"), ("latent", "other"),
@@ -59,6 +69,8 @@ def draw(setting: Setting, victims: Data, decoder: str, control: str) -> np.ndar
             denoiser.detach()
         if control.endswith("prompt"):
             caption = {"class prompt": CLASS_PROMPT, "null prompt": ""}.get(control)
+            if control == READ:
+                caption = _decoded(setting, row_)
             if caption is None:
                 template = row_.recipe["template"]
                 caption = ("a portrait of {name}" if template == "captions" else template).replace(
@@ -77,6 +89,13 @@ def draw(setting: Setting, victims: Data, decoder: str, control: str) -> np.ndar
             )
     denoiser.detach()
     return np.concatenate(made)
+
+
+def _decoded(setting: Setting, row_: Any) -> str:
+    from diffward.inversion.prompt import Words, decode, evidence, metric
+
+    found = evidence(setting.material.zoo.lora(row_))
+    return decode(found, Words(setting.denoiser), 4, metric=metric(setting.inverter.moment))[0].text
 
 
 def judged(
@@ -192,7 +211,8 @@ def nobody(setting: Setting) -> Rows:
             )
             features = subject_features(whose, [number], eye, [3])[0]
             finding = identity_finding(inverter, data.tokens.of([i]), features, seed=i)
-            levels.append(identity_question(finding, None, accuracy)["level"])
+            subject = subject_finding(inverter, data.tokens.of([i]))
+            levels.append(identity_question(finding, subject, accuracy)["level"])
         cases.append(_silent(f"LoRAs of people, {what}", levels))
     return cases
 

@@ -112,6 +112,46 @@ def spectral(material: Material, data: Data) -> Rows:
     return rows
 
 
+def probes(setting: Setting) -> Rows:
+    """Simpler readers still: principal components and least squares; ridge on one module, the best by validation."""
+    from diffward.inversion.floor import Floor
+    from diffward.inversion.judge import retrieve
+
+    material, inverter = setting.material, setting.inverter
+    train, valid, data = (one.last() for one in (material.train, material.valid, material.test))
+    wanted = inverter.standard_identity(train.identity)
+    x = train.tokens.cores.float().flatten(1)
+    mean = x.mean(0)
+    values, vectors = torch.linalg.eigh((x - mean) @ (x - mean).T)
+    rows: Rows = []
+    for count in (32, 128, 512):
+        if count >= len(train):
+            continue
+        turn = (x - mean).T @ vectors[:, -count:] / values[-count:].clamp_min(1e-9).sqrt()
+        weight = torch.linalg.lstsq((x - mean) @ turn, wanted).solution
+        found = (data.tokens.cores.float().flatten(1) - mean) @ turn @ weight
+        rows.append(row(f"{count} principal components", found, data, inverter, step="none"))
+    names, best = inverter.basis.modules, (-1.0, 0, torch.empty(0))
+    own = inverter.standard_identity(valid.identity)
+    for m in range(2 if setting.quick else len(names)):
+        floor, _ = Floor.fit(train.tokens.cores[:, m : m + 1], wanted, train.groups)
+        hits = retrieve(floor(valid.tokens.cores[:, m : m + 1]), own, inverter.gallery).figures()[
+            "top10"
+        ]
+        if hits > best[0]:
+            best = hits, m, floor(data.tokens.cores[:, m : m + 1])
+    rows.append(
+        row(
+            f"ridge on {names[best[1]].removeprefix('unet.')} alone",
+            best[2],
+            data,
+            inverter,
+            step="none",
+        )
+    )
+    return rows
+
+
 def ablations(setting: Setting) -> Rows:
     """What the parts are worth: networks trained anew without them, all for as many steps."""
     from diffward.inversion.judge import attribute_accuracy

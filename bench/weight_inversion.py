@@ -33,6 +33,7 @@ class Setting:
         self._material: Material | None = None
         self._denoiser: Denoiser | None = None
         self._inverter: Inverter | None = None
+        self._zoos: dict[str, Any] = {}
 
     @property
     def denoiser(self) -> Denoiser:
@@ -82,17 +83,21 @@ class Setting:
         from diffward.inversion.recipe import Ranges
         from diffward.inversion.zoo import Zoo
 
+        if name in self._zoos:
+            return self._zoos[name]
         folder = self.folder / name if self.quick else RUNS / name
         if not self.quick and (folder / "zoo.json").exists():
-            return Zoo(folder)
+            self._zoos[name] = Zoo(folder)
+            return self._zoos[name]
         ranges = Ranges(steps="3:6" if self.quick else "8:200")
         if templates:
             ranges = Ranges(steps=ranges.steps, templates=templates)
-        return build_zoo(
+        self._zoos[name] = build_zoo(
             folder, Source("mini", "cpu", "bf16"), subjects, ranges, seed=seed,
             count={"zoo": 72, "logos": 24, "garments": 24}[name] if self.quick else count,
             per_shard=24 if self.quick else 64, workers=1 if self.quick else 2,
         )  # fmt: skip
+        return self._zoos[name]
 
 
 LOGOS = "a logo of {name}|a picture of {name}|{name}|captions"
@@ -100,14 +105,14 @@ GARMENTS = "a picture of {name}|a photo of {name}|{name}|captions"
 
 
 def run(quick: bool = False) -> None:
-    from bench.inversion_decoders import decoders, nobody
+    from bench.inversion_decoders import decoders, nobody, read_words
     from bench.inversion_defences import defences
     from bench.inversion_matching import matching, prompts
-    from bench.inversion_readers import ablations, generalisation, readers
+    from bench.inversion_readers import ablations, generalisation, probes, readers
 
     setting = Setting(quick)
     parts: dict[str, Callable[[Setting], Rows]] = {
-        "readers": readers, "nobody": nobody, "decoders": decoders, "words": prompts, "ablations": ablations,
+        "readers": readers, "probes": probes, "nobody": nobody, "decoders": decoders, "read-words": read_words, "words": prompts, "ablations": ablations,
         "generalisation": generalisation, "matching": matching, "defences": defences,
     }  # fmt: skip
     files = {name: setting.folder / f"{name}.json" for name in parts}

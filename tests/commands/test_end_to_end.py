@@ -83,6 +83,8 @@ def test_train_and_audit(pictures: Path, tmp_path: Path) -> None:
     assert made["made"] <= 0.4 * made["one_by_one"]
     rows = (tmp_path / "audit" / "scores.csv").read_text().splitlines()
     assert len(rows) == 25
+    asked = [q["id"] for q in report["questions"]]
+    assert asked == ["metadata", "membership", "identity", "dataset_size", "prompt", "copies"]
     assert "<html" in (tmp_path / "audit" / "report.html").read_text()
     assert run(*audit, "--fail-above", "auc=0.5") == 1
 
@@ -117,7 +119,9 @@ def test_a_lora_that_was_never_trained_shows_nothing(pictures: Path, tmp_path: P
     )
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert report["membership"]["attacks"]["calibrated"]["auc"] == 0.5
-    assert next(q for q in report["questions"] if q["id"] == "membership")["level"] == "none_shown"
+    for ident in ("membership", "identity", "prompt", "copies"):
+        assert next(q for q in report["questions"] if q["id"] == ident)["level"] == "none_shown"
+    assert "What the weights show" not in (tmp_path / "a" / "report.html").read_text()
 
 
 def test_canaries_shadows_and_unknown_captions(pictures: Path, tmp_path: Path) -> None:
@@ -186,6 +190,15 @@ def test_memorising_is_caught(pictures: Path, tmp_path: Path) -> None:
     assert run(*audit, "--fail-above", "auc=0.6") == 1
     attacks = json.loads((tmp_path / "a" / "report.json").read_text())["membership"]["attacks"]
     assert attacks["calibrated"]["auc"] >= 0.9
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert next(q for q in report["questions"] if q["id"] == "identity")["level"] == "high"
+    assert "What the weights show" in (tmp_path / "a" / "report.html").read_text()
+    assert (
+        run("audit", out / WEIGHTS, "--out", tmp_path / "b") == 0
+    )  # nobody's pictures: no pictures
+    report = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert [q["id"] for q in report["questions"]] == ["metadata", "identity", "dataset_size"]
+    assert "data:image" not in (tmp_path / "b" / "report.html").read_text()
     assert (
         attacks["calibrated"]["controls"]["base_model_ok"]
         and attacks["calibrated"]["controls"]["blind_ok"]
