@@ -290,7 +290,7 @@ def generalisation(setting: Setting) -> Rows:
             for i, r in enumerate(material.train.rows)
             if not (material.train.subject[i] and inside(r))
         ]
-        people = len({r.identity for i in left for r in [material.train.rows[i]]})
+        people = len({material.train.rows[i].identity for i in left if material.train.subject[i]})
         if len(asked) < 3 or people < 20:
             continue
         places = [i for i, r in enumerate(data.rows) if inside(r)]
