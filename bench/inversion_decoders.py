@@ -19,7 +19,7 @@ CLASS_PROMPT = "a portrait of a person"
 
 def decoders(setting: Setting) -> Rows:
     """Every decoder on 30 victims with a long training, three pictures each, under every control; and a grid of them."""
-    victims = longest(setting, 4 if setting.quick else VICTIMS)
+    victims = longest(setting, 2 if setting.quick else VICTIMS)
     pictures = {name: draw(setting, victims, *name) for name in WAYS}
     save_grid(setting, victims, pictures)
     return [judged(setting, victims, name, pixels) for name, pixels in pictures.items()]
@@ -27,7 +27,7 @@ def decoders(setting: Setting) -> Rows:
 
 def read_words(setting: Setting) -> Rows:
     """The same with the caption that was decoded from the weights, word by word, in the place of z."""
-    victims = longest(setting, 4 if setting.quick else VICTIMS)
+    victims = longest(setting, 2 if setting.quick else VICTIMS)
     return [
         judged(setting, victims, (name, READ), draw(setting, victims, name, READ))
         for name in ("victim", "guided")
@@ -189,7 +189,7 @@ def nobody(setting: Setting) -> Rows:
                 finding = identity_finding(inverter, tokens.of([i]), features, seed=i)
                 levels.append(identity_question(finding, subject, accuracy)["level"])
             cases.append(_silent(f"LoRAs of {name}, {what}", levels))
-    never = _never_trained(setting, 20 if setting.quick else 100)
+    never = _never_trained(setting, 4 if setting.quick else 100)
     for what in ("a person who is not in it", "no pictures"):
         levels = []
         for i in range(len(never)):
@@ -202,7 +202,7 @@ def nobody(setting: Setting) -> Rows:
             levels.append(identity_question(finding, subject, accuracy)["level"])
         cases.append(_silent(f"never trained (B = 0), {what}", levels))
     data = material.test.last()
-    count = min(len(data), 8 if setting.quick else 200)
+    count = min(len(data), 2 if setting.quick else 200)
     for what, shift in (("its own person", 0), ("another person", 10**6 * 4)):
         levels = []
         for i in range(count):

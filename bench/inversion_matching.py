@@ -36,7 +36,7 @@ def prompts(setting: Setting) -> Rows:
         ])  # (caption, LoRA)  # fmt: skip
         top = scores.argmax(0) == np.arange(len(rows))
         places, trigger = [], []
-        for i, one in list(enumerate(ids))[: 2 if setting.quick else 30]:
+        for i, one in list(enumerate(ids))[: 1 if setting.quick else 30]:
             for j, token in enumerate(one):
                 each = words.next_scores(found[i], one[:j], discount)
                 place = int((each > each[words.tokens.tolist().index(token)]).sum())
@@ -63,7 +63,7 @@ def matching(setting: Setting) -> Rows:
     victims = longest(setting, 2 if setting.quick else MATCHED)
     return [
         *_searched(setting, victims),
-        *_known(setting, longest(setting, 3 if setting.quick else KNOWN)),
+        *_known(setting, longest(setting, 2 if setting.quick else KNOWN)),
     ]
 
 
