@@ -1,6 +1,6 @@
 """What a LoRA of a zoo costs: floating-point operations of a step against the public loop's, and seconds.
 
-The public loop is as ../research describes it: each joint step encodes the instance picture and a class picture and makes a
+As read in the public code, each joint step encodes the instance picture and a class picture and makes a
 forward and backward pass for each (prior preservation), then encodes a picture again and makes a forward and backward
 pass through the UNet for the encoder. Ours: pictures are encoded once, no class pictures, and the encoder learns offline.
 Counted on meta tensors, so no weights are needed.
