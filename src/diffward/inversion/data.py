@@ -14,8 +14,6 @@ from diffward.inversion.identity import subject_features
 from diffward.inversion.tokens import Basis, Tokens
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from diffward.inversion.identity import IdentitySpace
     from diffward.inversion.subjects import Subjects
     from diffward.inversion.zoo import Row, Zoo
@@ -126,7 +124,3 @@ def gallery_numbers(subjects: Subjects, zoo: Zoo, most: int = GALLERY) -> list[i
     if len(subjects) >= STRANGERS + most:
         return list(range(STRANGERS, STRANGERS + most))
     return sorted({row.identity for row in zoo.of_split("train", "valid")})[:most]
-
-
-def features_of(subjects: Subjects, numbers: Sequence[int], eye: Eye) -> list[np.ndarray]:
-    return subject_features(subjects, sorted(set(numbers)), eye, OTHER_PICTURES)

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from diffward.errors import InputError
 from diffward.inversion.data import (
     GALLERY,
+    OTHER_PICTURES,
     Data,
-    features_of,
     gallery_numbers,
     gather,
     identity_vectors,
@@ -24,7 +24,7 @@ from diffward.inversion.data import (
 from diffward.inversion.encoder import EncoderConfig
 from diffward.inversion.fit import Encode, fit_encoder
 from diffward.inversion.floor import Floor
-from diffward.inversion.identity import IdentitySpace
+from diffward.inversion.identity import IdentitySpace, subject_features
 from diffward.inversion.inverter import Facts, Inverter, eye_print
 from diffward.inversion.judge import held_out
 from diffward.inversion.prompt import KEYS_AND_VALUES, strongest, zoo_evidence
@@ -136,7 +136,7 @@ def prepare(
             )
     basis = Basis.fit(zoo, zoo.last_saves(splits["train"]), side)
     known = sorted({row.identity for row in splits["train"]})
-    features = features_of(subjects, known, eye)
+    features = subject_features(subjects, known, eye, OTHER_PICTURES)
     space = IdentitySpace.fit(features)
     vectors = {number: space.of(one) for number, one in zip(known, features, strict=True)}
     held = [row.identity for name in ("valid", "test") for row in splits[name]]

@@ -114,7 +114,7 @@ def rank(level: Level | None) -> int:
 def metadata_question(leaks: Sequence[Leak], subject: str = "lora") -> Question:
     """What the header alone gives away; `subject` is a key of `HEADERS`."""
     if not leaks:
-        return _question(
+        return question(
             "metadata",
             "none_shown",
             "A model's folder has no training header. In its configuration and in the headers of its weights "
@@ -127,7 +127,7 @@ def metadata_question(leaks: Sequence[Leak], subject: str = "lora") -> Question:
     level = max((LEAK_LEVELS.get(leak.get("category", ""), "low") for leak in leaks), key=rank)
     count = f"{len(leaks)} {'entry' if len(leaks) == 1 else 'entries'}"
     kinds = sorted({leak.get("category") or "unknown" for leak in leaks})
-    return _question(
+    return question(
         "metadata",
         level,
         f"{HEADERS[subject]} carries {count} that anyone can read without tools "
@@ -291,16 +291,16 @@ def membership_question(
             "Take members and non-members at random from one source, saved and captioned the same "
             "way, and run the audit again."
         ]
-        return _question("membership", None, statement, "refused", *figures, evidence, advice)
+        return question("membership", None, statement, "refused", *figures, evidence, advice)
     statement = _statement(found, best, level)
     advice = membership_advice(found, name, level, lora_rank, methods, few=few)
-    return _question("membership", level, statement, "made", *figures, evidence, advice)
+    return question("membership", level, statement, "made", *figures, evidence, advice)
 
 
 def not_run_question(skipped: Mapping[str, str]) -> Question:
     """The answer where there were pictures but no attack could be run."""
     reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-    return _question(
+    return question(
         "membership",
         None,
         f"{NO_CLAIM}: no attack could be run ({reasons}).",
@@ -419,7 +419,7 @@ def _lower(attack: Attack, tried: int) -> float:
     return signfree_interval((min(stretched[0], score[0]), max(stretched[1], score[1])))[0]
 
 
-def _question(
+def question(
     ident: str,
     level: Level | None,
     statement: str,

@@ -27,7 +27,7 @@ from diffward.inversion.findings import IdentityFinding, SizeFinding, SubjectFin
 from diffward.inversion.prompt import CaptionFit
 from diffward.membership.statistics import newcombe_ci
 from diffward.report.schema import LEVELS, Level, Question
-from diffward.report.verdict import AUC_STEPS, BUDGET, rank, step_level
+from diffward.report.verdict import AUC_STEPS, BUDGET, question, rank, step_level
 
 IDENTITY_STEPS: tuple[tuple[float, Level], ...] = ((0.01, "high"), (0.025, "low"))
 PROMPT_STEPS: tuple[tuple[float, Level], ...] = ((0.02, "medium"), (0.05, "low"))
@@ -244,8 +244,7 @@ def _subject_words(subject: SubjectFinding | None) -> list[str]:
 
 
 def _refused(ident: str, statement: str) -> Question:
-    question = _question(ident, "none_shown", statement, None, None, None, None, [], [])
-    return {**question, "level": None, "claim": "refused"}
+    return question(ident, None, statement, "refused")
 
 
 def _count(p_value: float, cases: int) -> int:
@@ -261,8 +260,6 @@ def _question(
     ident: str, level: Level, statement: str, statistic: str | None, value: float | None, ci95: list[float] | None,
     control: str | None, evidence: list[str], advice: list[str],
 ) -> Question:  # fmt: skip
-    assert rank(level) >= 0
-    return {
-        "id": ident, "level": level, "claim": "made", "statement": statement, "statistic": statistic, "value": value,
-        "ci95": ci95, "control": control, "evidence": evidence, "advice": advice,
-    }  # fmt: skip
+    return question(
+        ident, level, statement, "made", statistic, value, ci95, control, evidence, advice
+    )
