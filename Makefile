@@ -29,7 +29,7 @@ format: $(STAMP)
 # Compiled once here: where PYTHONDONTWRITEBYTECODE is set, each import would compile anew.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet -c constraints.txt -e ".[dev,track,dp,zoo]"
+	$(RUN)/python -m pip install --quiet -c constraints.txt -e ".[dev,track,dp,zoo,cluster]"
 	$(RUN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	touch $(STAMP)
 

@@ -158,7 +158,7 @@ def ablations(setting: Setting) -> Rows:
 
     material = setting.material
     data = material.test.last()
-    base = replace(setting.settings, epochs=min(EPOCHS, setting.settings.epochs))
+    base = replace(setting.settings, epochs=min(EPOCHS, setting.settings.epochs), set_steps=0)
     cases: dict[str, InverterSettings] = {
         "encoder, whole": base, "encoder, no step token": replace(base, step_token=False),
         "encoder, last saves only": replace(base, saves="last", epochs=base.epochs * 3),
@@ -316,7 +316,9 @@ def generalisation(setting: Setting) -> Rows:
 
 def _without(setting: Setting, left: list[int], asked: Data, name: str) -> dict[str, Tensor]:
     material = replace(setting.material, train=setting.material.train.of(left))
-    settings = replace(setting.settings, epochs=min(CELL_EPOCHS, setting.settings.epochs))
+    settings = replace(
+        setting.settings, epochs=min(CELL_EPOCHS, setting.settings.epochs), set_steps=0
+    )
     inverter = _trained(
         material, settings, setting.folder / "generalisation" / name.replace(" ", "-")
     )

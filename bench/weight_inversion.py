@@ -61,7 +61,7 @@ class Setting:
         from diffward.inversion.learn import InverterSettings
 
         return (
-            InverterSettings(epochs=2, prompt_steps=20, latent_steps=20)
+            InverterSettings(epochs=2, prompt_steps=20, latent_steps=20, set_steps=20)
             if self.quick
             else InverterSettings()
         )
@@ -109,10 +109,11 @@ def run(quick: bool = False) -> None:
     from bench.inversion_defences import defences
     from bench.inversion_matching import matching, prompts
     from bench.inversion_readers import ablations, generalisation, probes, readers
+    from bench.inversion_sets import sets
 
     setting = Setting(quick)
     parts: dict[str, Callable[[Setting], Rows]] = {
-        "readers": readers, "probes": probes, "nobody": nobody, "decoders": decoders, "read-words": read_words, "words": prompts, "ablations": ablations,
+        "readers": readers, "sets": sets, "probes": probes, "nobody": nobody, "decoders": decoders, "read-words": read_words, "words": prompts, "ablations": ablations,
         "generalisation": generalisation, "matching": matching, "defences": defences,
     }  # fmt: skip
     files = {name: setting.folder / f"{name}.json" for name in parts}
@@ -133,6 +134,8 @@ def run(quick: bool = False) -> None:
         "for all), class and null prompt (no z), base only (LoRA off, class prompt)",
         "decoder: retrieval draws nothing; base, latent, victim, guided draw pictures, whose identity vector is then looked for",
         "attribute_accuracy: of readings for retrieval, of drawn pictures for the others, by the attribute network, which is the inverter's eye, too",
+        "set_distance: of a set of vectors to those of the training pictures (Chamfer, units of the subjects' spread), _others: to as "
+        "many other pictures of the subject; picture_auc: training pictures against these, by nearness to the set",
         "epochs: of networks trained for a comparison; the shipped one has 25",
         "utility of a defence: share of plain's gain on the loss of other pictures of the person; drawn_match: drawn pictures "
         "with the training caption that show the person",

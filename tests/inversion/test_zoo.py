@@ -197,7 +197,22 @@ def test_a_cluster_makes_the_same_zoo(build, straight, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_make_the_same_zoo(build, straight, tmp_path):
     build(tmp_path / "zoo", workers=2)
-    ours, theirs = Zoo(tmp_path / "zoo"), Zoo(straight.folder)
+    assert_alike_zoos(tmp_path / "zoo", straight.folder)
+
+
+@pytest.mark.slow
+def test_real_ray_makes_the_same_zoo(build, straight, tmp_path):
+    ray = pytest.importorskip("ray", reason="Ray is not installed (pip install diffward[cluster])")
+    try:
+        build(tmp_path / "zoo", cluster="ray")
+    finally:
+        ray.shutdown()
+    assert_alike_zoos(tmp_path / "zoo", straight.folder)
+
+
+def assert_alike_zoos(folder, other):
+    """Processes may add up in another order."""
+    ours, theirs = Zoo(folder), Zoo(other)
     assert ours.rows == theirs.rows
     for row in ours.rows:
         a, b = ours.lora(row), theirs.lora(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ def on_ray(
         raise InputError(
             "--cluster ray: Ray is not installed (pip install diffward[cluster])"
         ) from None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
     ray.init(ignore_reinit_error=True)
     there = [ray.put(one) for one in shared]
     task = ray.remote(num_gpus=int(gpu))(function)

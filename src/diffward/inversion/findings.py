@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -118,8 +117,7 @@ def nearest(
     """
 
     def vectors(features: np.ndarray) -> Tensor:
-        each = torch.stack([inverter.space.of(one[None]) for one in features])
-        return F.normalize(inverter.standard_identity(each), dim=1)
+        return F.normalize(inverter.standard_identity(inverter.space.each(features)), dim=1)
 
     close = vectors(drawn) @ vectors(real).T
     best = close.max(1)

@@ -52,16 +52,17 @@ class IdentitySpace:
 
     def of(self, features: np.ndarray) -> Tensor:
         """The vector (k,) of the subject of some pictures, features (n, d)."""
-        return ((torch.from_numpy(np.asarray(features, np.float32)) - self.mean) @ self.turn).mean(
-            0
-        )
+        return self.each(features).mean(0)
+
+    def each(self, features: np.ndarray) -> Tensor:
+        """The vectors (n, k) of single pictures, features (n, d)."""
+        return (torch.from_numpy(np.asarray(features, np.float32)) - self.mean) @ self.turn
 
     def spread(self, features: np.ndarray) -> float:
         """Mean squared distance of pictures (n, d) from their mean, in units of what it is for one subject; 0 of a single one."""
         if len(features) < 2:
             return 0.0
-        each = (torch.from_numpy(np.asarray(features, np.float32)) - self.mean) @ self.turn
-        return float(each.var(0).mean())
+        return float(self.each(features).var(0).mean())
 
     @property
     def size(self) -> int:

@@ -19,6 +19,7 @@ from diffward.inversion.decoders import LatentDecoder, SoftPrompt
 from diffward.inversion.encoder import Encoder, EncoderConfig, Heads
 from diffward.inversion.floor import Floor
 from diffward.inversion.identity import IdentitySpace
+from diffward.inversion.sets import SetHead
 from diffward.inversion.tokens import Basis, Tokens
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Facts:
         sizes: subjects in the gallery, and held-out LoRAs kept for comparison.
         zoo: what it learned from.
         held_out: how well it reads LoRAs of subjects that it never saw.
+        picture_set: vectors in the set that stands for single pictures; 0: it reads none.
     """
 
     base: str
@@ -59,17 +61,19 @@ class Facts:
     sizes: dict[str, int]
     zoo: dict[str, Any]
     held_out: dict[str, Any]
+    picture_set: int = 0
 
 
 @dataclass(frozen=True)
 class Reading:
     """What weights say of n LoRAs.
 
-    identity (n, k), in units of the subjects' spread about their mean; attributes: shares (n, values); log_pictures,
-    log_steps (n,); subject (n,): log odds that there is one; mu and logvar (n, latent) of z; floor (n, targets).
+    identity (n, k), in units of the subjects' spread about their mean; picture_set (n, S, k): vectors of single training
+    pictures, in the same units; attributes: shares (n, values); log_pictures, log_steps (n,); subject (n,): log odds that there is one; mu and logvar (n, latent) of z; floor (n, targets).
     """
 
     identity: Tensor
+    picture_set: Tensor
     attributes: dict[str, Tensor]
     log_pictures: Tensor
     log_steps: Tensor
@@ -129,6 +133,9 @@ class Inverter(nn.Module):
         self.heads = Heads(config.latent, facts.identity, facts.attributes)
         self.prompt = SoftPrompt(config.latent, facts.drawn["conditioning"][1])
         self.pictures = LatentDecoder(config.latent, facts.drawn["latents"])
+        self.picture_set = (
+            SetHead(config.latent, facts.identity, facts.picture_set) if facts.picture_set else None
+        )
 
     @property
     def basis(self) -> Basis:
@@ -186,9 +193,16 @@ class Inverter(nn.Module):
         floor = self.floor(tokens.cores)
         mu, logvar = self.encoder(self.standard(tokens), self.standard_floor(floor), log_step)
         found = self.heads(mu)
+        identity = found["identity"]
+        several = (
+            identity.new_empty(len(identity), 0, identity.shape[1])
+            if self.picture_set is None
+            else self.picture_set(mu, identity)
+        )
         shares = {name: found[f"attribute {name}"].softmax(1) for name in self.facts.attributes}
         return Reading(
-            found["identity"],
+            identity,
+            several,
             shares,
             found["pictures"],
             found["steps"],

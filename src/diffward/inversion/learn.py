@@ -28,8 +28,9 @@ from diffward.inversion.identity import IdentitySpace, subject_features
 from diffward.inversion.inverter import Facts, Inverter, eye_print
 from diffward.inversion.judge import held_out
 from diffward.inversion.prompt import KEYS_AND_VALUES, strongest, zoo_evidence
+from diffward.inversion.sets import SIZE, picture_vectors
 from diffward.inversion.subjects import open_subjects, public_subjects
-from diffward.inversion.teach import Pupil, train_latents, train_prompt
+from diffward.inversion.teach import Pupil, train_latents, train_prompt, train_set
 from diffward.inversion.tokens import SIDE, Basis
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class InverterSettings:
     """steps of the decoder that writes a caption from z; 0: none"""
     latent_steps: int = 1500
     """steps of the decoder that gives latents from z"""
+    set_steps: int = 1000
+    """steps of the head that gives a vector for single pictures from z"""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +88,9 @@ class InverterSettings:
             raise InputError(
                 f"--dropout {self.dropout}, --lr {self.lr}: must be in [0, 1), and above 0"
             )
-        for name in ("weight_decay", "noise", "kl", "free", "prompt_steps", "latent_steps", "seed"):
+        for name in (
+            "weight_decay", "noise", "kl", "free", "prompt_steps", "latent_steps", "set_steps", "seed"
+        ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise InputError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or above"
@@ -177,6 +182,8 @@ def train_inverter(
     inverter.eval()
     with torch.no_grad():
         z = _encode(inverter, data, unseen)
+    if settings.set_steps:
+        train_set(inverter, _sets(inverter, material, data), z, settings.set_steps, work, run)
     if denoiser is not None:
         pupil = Pupil(inverter, data, z, material.subjects, denoiser, work, run, settings.seed)
         train_latents(pupil, settings.latent_steps)
@@ -254,7 +261,7 @@ def _start(
     inverter = Inverter(Facts(
         base=head.base, base_identity=head.base_identity, modules=head.modules, side=settings.side, eye=material.eye.name, eye_print=eye_print(material.eye),
         features=len(material.space.mean), identity=material.space.size, attributes=attributes, encoder=asdict(config),
-        drawn=drawn, held_out={}, sizes=sizes,
+        drawn=drawn, held_out={}, sizes=sizes, picture_set=SIZE if settings.set_steps else 0,
         zoo={"subjects": public_subjects(head.subjects), "loras": len({r.lora for r in material.zoo.rows}), "ranges": head.ranges, "seed": head.seed},
     ))  # fmt: skip
     with torch.no_grad():
@@ -306,6 +313,16 @@ def _noisy(inverter: Inverter, data: Data, unseen: Tensor, settings: InverterSet
         return mu, logvar
 
     return encode
+
+
+def _sets(inverter: Inverter, material: Material, data: Data) -> Tensor:
+    """Of each row the standardised vectors (n, P, k) of its training pictures, NaN where it has fewer, or no subject."""
+    there = (data.subject > 0).nonzero()[:, 0]
+    rows = [data.rows[i] for i in there.tolist()]
+    vectors = picture_vectors(material.subjects, rows, material.eye, material.space)
+    found = torch.full((len(data), *vectors.shape[1:]), torch.nan)
+    found[there] = inverter.standard_identity(vectors)
+    return found
 
 
 def _encode(inverter: Inverter, data: Data, unseen: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Teaching the decoders: what to draw for z. The encoder and the base stay as they are."""
+"""Teaching what is learned from z: what to draw, and a set of vectors. The encoder and the base stay as they are."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffward.inversion.data import OTHER_PICTURES
 from diffward.inversion.identity import PICTURES
+from diffward.inversion.sets import chamfer
 from diffward.stage import cosine, run_stage, set_rate
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def train_latents(pupil: Pupil, steps: int, batch: int = 128) -> None:
         z, latents, _ = pupil.draw(number, batch)
         return (decoder(z) - latents).square().mean()
 
-    _teach(pupil, "latent decoder", decoder, loss, steps, 1e-3)
+    _teach(pupil.work, pupil.run, "latent decoder", decoder, loss, steps)
 
 
 def train_prompt(pupil: Pupil, steps: int, batch: int = 16) -> None:
@@ -86,17 +87,36 @@ def train_prompt(pupil: Pupil, steps: int, batch: int = 16) -> None:
         eps = torch.randn(latents.shape, generator=g).to(denoiser.device)
         return denoiser.errors(latents, t, eps, decoder(z, null)).mean()
 
-    _teach(pupil, "prompt decoder", decoder, loss, steps, 1e-3)
+    _teach(pupil.work, pupil.run, "prompt decoder", decoder, loss, steps)
+
+
+def train_set(
+    inverter: Inverter, sets: Tensor, z: Tensor, steps: int, work: Path, run: str, batch: int = 256
+) -> None:
+    """z (n, latent) to a set of vectors near those of single training pictures.
+
+    Args:
+        sets: (n, P, k), standardised; NaN where a LoRA has fewer pictures, or none.
+    """
+    head = inverter.picture_set
+    assert head is not None
+    rows = sets.isfinite().all(-1).any(1).nonzero()[:, 0]
+    with torch.no_grad():
+        identity = inverter.heads(z)["identity"]
+
+    def loss(number: int) -> Tensor:
+        g = torch.Generator().manual_seed(number)
+        some = rows[torch.randint(len(rows), (batch,), generator=g)]
+        return chamfer(head(z[some], identity[some]), sets[some]).mean()
+
+    _teach(work, run, "picture set", head, loss, steps)
 
 
 def _teach(
-    pupil: Pupil,
-    name: str,
-    decoder: nn.Module,
-    loss: Callable[[int], Tensor],
-    steps: int,
-    lr: float,
+    work: Path, run: str, name: str, decoder: nn.Module, loss: Callable[[int], Tensor], steps: int
 ) -> None:
+    """Each step's randomness must come from its number."""
+    lr = 1e-3
     optimizer = torch.optim.AdamW(decoder.parameters(), lr, weight_decay=1e-2, foreach=True)
 
     def step(number: int) -> dict[str, float]:
@@ -108,5 +128,5 @@ def _teach(
         return {"loss": float(value.detach())}
 
     state = {"decoder": decoder, "optimizer": optimizer}
-    run_stage(name, steps, step, state, pupil.work / f"{name.replace(' ', '-')}.pt", run=pupil.run)
+    run_stage(name, steps, step, state, work / f"{name.replace(' ', '-')}.pt", run=run)
     decoder.cpu()
