@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,27 @@ def record(
         RESULTS / f"{name}.md", "\n".join([*lines, table, "", *(f"- {n}" for n in notes), ""])
     )
     print(f"wrote {RESULTS / name}.json")
+
+
+def with_recorded(
+    name: str, rows: Sequence[Mapping[str, Any]], key: Sequence[str]
+) -> list[Mapping[str, Any]]:
+    """`rows`, after those of the recorded table that they do not replace: `commit` tells when these were measured.
+
+    Args:
+        key: the columns that tell rows apart.
+    """
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        return list(rows)
+    told = json.loads(file.read_text(encoding="utf-8"))
+
+    def about(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(column) for column in key)
+
+    new = {about(row) for row in rows}
+    kept = [{"commit": told["commit"], **row} for row in told["rows"] if about(row) not in new]
+    return [*kept, *rows]
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench._claim import claimed
-from bench._result import record
+from bench._result import record, with_recorded
 from bench.private_cases import (
     CLOTHING,
-    NOT_HERE,
     QUICK,
     QUICK_SIZES,
     SEEDS,
@@ -45,7 +44,7 @@ from bench.private_cost import cost_rows
 from bench.private_rows import NOTES, draw_curve, table_rows
 from bench.private_utility import Pressure, measure_utility, read_utility
 from diffward.errors import InputError, TrainingError
-from diffward.files import sha256_file, write_json
+from diffward.files import atomic_path, sha256_file, write_json
 
 if TYPE_CHECKING:
     from diffward.finetune.method import Auxiliary, Method
@@ -54,7 +53,8 @@ if TYPE_CHECKING:
 
 WORK = Path("runs/bench-private-lora")
 CURVE = Path("docs/private-curve.png")
-WEIGHTS = "pytorch_lora_weights.safetensors"
+WEIGHTS, FULL = "pytorch_lora_weights.safetensors", "unet.safetensors"
+KEY = ("base", "dataset", "method", "settings", "exposure", "seed")  # what tells rows apart
 WAIT = 10.0  # seconds between looks at work that another process has
 PRIOR_PROMPT, PRIOR_COUNT = "a portrait of a person", 64
 
@@ -71,9 +71,15 @@ def write(bench: Bench, quick: bool, work: bool = True) -> None:
     """Do what is missing (if `work`), then record all that is there."""
     notes = bench.work_through() if work else []
     rows, missing = table_rows(bench)
-    costs = cost_rows(bench.work, bench.cpu_seconds, quick=quick, measure_missing=work)
-    record("private-lora", rows + costs, seeds=SEEDS, quick=quick, notes=[
-        *NOTES, *(NOT_HERE if not quick else ()), *bench.absent, *notes,
+    rows += cost_rows(bench.work, bench.cpu_seconds, quick=quick, measure_missing=work)
+    if not quick:
+        rows = [dict(row) for row in with_recorded("private-lora", rows, KEY)]
+        there = {f"{row['method']} {row['settings']} {row.get('seed')}" for row in rows}
+        missing = [
+            one for one, case in missing if f"{case.method} {case.told} {case.seed}" not in there
+        ]
+    record("private-lora", rows, seeds=SEEDS, quick=quick, notes=[
+        *NOTES, *bench.absent, *notes,
         *([f"not measured yet: {', '.join(missing)}"] if missing else []),
     ])  # fmt: skip
     if not quick:
@@ -101,8 +107,10 @@ class Bench:
 
         return load_base("mini", device="cpu")  # type: ignore[no-any-return]
 
-    def file(self, case: Case, name: str = WEIGHTS) -> Path:
-        return self.work / case.name / name
+    def file(self, case: Case, name: str | None = None) -> Path:
+        """One of a case's files; its weights if no name is given."""
+        weights = FULL if case.settings.tune == "full" else WEIGHTS
+        return self.work / case.name / (name or weights)
 
     # --- the work --------------------------------------------------------------------------------
 
@@ -182,7 +190,10 @@ class Bench:
         began, cpu, whole = time.monotonic(), time.process_time(), not folder.exists()
 
         def keep(of: Case, weights: Any, steps: int, passes: float, **more: Any) -> None:
-            write_lora(weights, self.file(of), "diffusers", more.get("facts"))
+            if of.settings.tune == "full":
+                write_unet(self.denoiser, self.file(of))
+            else:
+                write_lora(weights, self.file(of), "diffusers", more.get("facts"))
             write_json(self.file(of, "run.json"), {
                 "method": of.method, "settings": _plain(of.settings), "steps": steps, "passes_per_picture": passes,
                 "wall_seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu,
@@ -206,20 +217,23 @@ class Bench:
             told = {"settings": _plain(settings), "error": str(error)}
             write_json(self.work / f"{case.training}.failed.json", told)
             raise
+        else:
+            keep(
+                case.siblings[-1], result.weights, result.steps, result.exposure, kept_at=result.kept_at,
+                readings=[asdict(reading) for reading in result.readings], facts=result.facts,
+            )  # fmt: skip
         finally:
             self.denoiser.detach()
-        keep(
-            case.siblings[-1], result.weights, result.steps, result.exposure, kept_at=result.kept_at,
-            readings=[asdict(reading) for reading in result.readings], facts=result.facts,
-        )  # fmt: skip
+            if settings.tune == "full":
+                del self.denoiser  # it is another model now
         shutil.rmtree(folder)
         if not all(self.is_trained(c) for c in case.siblings):
             # The run was stopped between a checkpoint and a snapshot.
             self._train(case)
 
     def _measure(self, case: Case) -> None:
-        from diffward.lora import open_lora
         from diffward.report.membership import AuditOptions, audit_membership
+        from diffward.report.subject import open_audited
 
         digest, material = sha256_file(self.file(case)), self.material(case.dataset, case.seed)
         kept = _read(self.file(case, "audit.json"))
@@ -229,7 +243,7 @@ class Bench:
             )
             told = {"membership": found, "scores": each["scores"], "member": each["member"]}
             write_json(self.file(case, "audit.json"), {"weights": digest, **told})
-        self.denoiser.attach(open_lora(self.file(case)).load())
+        open_audited(self.file(case)).attach(self.denoiser)
         measure_utility(
             self.denoiser, *self._subject(case.dataset, case.seed), self.file(case, "utility.json"), digest
         )  # fmt: skip
@@ -282,6 +296,15 @@ class Bench:
             if case == case.siblings[-1] and told and told["whole"]:
                 found.append((case, float(told["cpu_seconds"])))
         return found
+
+
+def write_unet(denoiser: Denoiser, file: Path) -> None:
+    """The whole UNet as it now is."""
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(file) as temporary:
+        save_file({k: v.contiguous() for k, v in denoiser.unet.state_dict().items()}, temporary)
 
 
 def _plain(settings: Any) -> Any:

@@ -56,10 +56,11 @@ NOTES = (
 )  # fmt: skip
 
 
-def table_rows(bench: Bench) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of all cases that are measured, each seed's and then the means; what those are that are not."""
+def table_rows(bench: Bench) -> tuple[list[dict[str, Any]], list[tuple[str, Case]]]:
+    """Rows of all cases that are measured, each seed's and then the means; and those that are not, in words too."""
     table = _Table(bench)
-    rows, missing = [], []
+    rows: list[tuple[Case, dict[str, Any]]] = []
+    missing: list[tuple[str, Case]] = []
     for case in bench.cases:
         try:
             there = bench.is_measured(case)
@@ -68,7 +69,8 @@ def table_rows(bench: Bench) -> tuple[list[dict[str, Any]], list[str]]:
         if there and table.best(case.dataset, case.seed):
             rows.append((case, table.row(case)))
         else:
-            missing.append(f"{case.method} ({case.told}, {case.passes:g} passes, seed {case.seed})")
+            told = f"{case.method} ({case.told}, {case.passes:g} passes, seed {case.seed})"
+            missing.append((told, case))
     means = []
     for case, _ in rows:
         alike = [(c, r) for c, r in rows if _kind(c) == _kind(case)]
