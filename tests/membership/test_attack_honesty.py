@@ -35,6 +35,7 @@ DIRECTION = {
     "pia": -1,
     "sima": -1,
     "gradients": -1,
+    "alignment": +1,
     "generated": +1,
 }
 

@@ -32,6 +32,9 @@ def parse(function: Callable[..., Any], program: str, args: list[str]) -> dict[s
     a dataclass within it keeps its name (`--dp.epsilon`);
     `--config FILE.yaml` reads options from a file. `--fail-above` and `--fail_above` are the same.
     """
+    if {"-h", "--help"} & set(args):
+        # What stands under a dataclass's field is read from the source: only where it will be shown.
+        jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     doc = (inspect.getdoc(function) or "").strip()
     parser = _Parser(prog=program, description=doc.split("\n\n")[0], default_env=False)
     parser.add_argument("--config", action="config", help="YAML file with options")

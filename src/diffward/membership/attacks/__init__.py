@@ -2,6 +2,7 @@
 
 from diffward.membership.attacks import (  # noqa: F401
     adaptive,
+    alignment,
     blackbox,
     calibrated,
     cdi,

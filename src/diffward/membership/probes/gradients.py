@@ -11,7 +11,7 @@ backward pass serve all modules and a whole batch, since samples do not mix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffward.lora import LoraModule
 from diffward.membership.factors import along_factors
 from diffward.membership.layout import Layout
 from diffward.membership.probe import PROBES, Query
@@ -50,20 +49,35 @@ def gradients(query: Query) -> Tensor:
     is the text encoder.
     """
     modules = query.factors().modules
-    chosen = gradient_pairs(query.layout)
-    n, k = len(query.latents), len(chosen)
     totals: dict[str, _Totals] = {}
-    if modules:
-        height, width = query.latents.shape[-2:]
-        size = max(1, min(query.batch // SHARE, PLACES // (height * width)))
-        for at in torch.arange(n * k, device=query.latents.device).split(size):
-            picture, pair = at // k, torch.tensor(chosen)[at.cpu() % k]
-            for name, parts in _one_pass(query, modules, picture, pair):
-                total = totals.setdefault(name, _Totals.like(parts, n))
-                total.add(parts, picture)
+    for picture, name, layer, x, slope in slopes(query, modules):
+        scale = modules[name].scale / query.latents[0].numel()
+        parts = tuple(scale * p for p in along_factors(layer, modules[name].tensors, x, slope))
+        total = totals.setdefault(name, _Totals.like(parts, len(query.latents)))
+        total.add(parts, picture)
     if not totals:
-        return torch.zeros((n, 0, 2, 2))
-    return torch.stack([total.norms(k) for total in totals.values()], dim=1)
+        return torch.zeros((len(query.latents), 0, 2, 2))
+    count = len(gradient_pairs(query.layout))
+    return torch.stack([total.norms(count) for total in totals.values()], dim=1)
+
+
+Slope = tuple[Tensor, str, nn.Module, Tensor, Tensor]
+"""Pictures (m,) of some samples; a module, its name, its input x and the loss's gradient g at its output, (m, …)."""
+
+
+def slopes(query: Query, names: Collection[str]) -> Iterator[Slope]:
+    """Module after module of pass after pass, until each picture was seen at each of `gradient_pairs`.
+
+    Of the sum, not the mean, of the squared errors under the caption.
+    """
+    if not names:
+        return
+    chosen = torch.tensor(gradient_pairs(query.layout))
+    n, k = len(query.latents), len(chosen)
+    height, width = query.latents.shape[-2:]
+    size = max(1, min(query.batch // SHARE, PLACES // (height * width)))
+    for at in torch.arange(n * k, device=query.latents.device).split(size):
+        yield from _one_pass(query, names, at // k, chosen[at.cpu() % k])
 
 
 @dataclass
@@ -91,12 +105,11 @@ class _Totals:
 
 
 def _one_pass(
-    query: Query, modules: Mapping[str, LoraModule], picture: Tensor, pair: Tensor
-) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-    """Name and gradients along A and B of one module after the other, of samples (m,)."""
+    query: Query, names: Collection[str], picture: Tensor, pair: Tensor
+) -> Iterator[Slope]:
     denoiser, latents = query.denoiser, query.latents[picture]
     t, eps = query.pairs.t[pair].to(latents.device), query.pairs.eps[pair].to(latents.device)
-    with torch.enable_grad(), _listen(denoiser.unet, modules) as heard:
+    with torch.enable_grad(), _listen(denoiser.unet, names) as heard:
         noisy = denoiser.noise(latents, t, eps)
         prediction = denoiser.predict(noisy, t, query.text("caption")[picture])
         # A sum, so that half precision does not underflow; made a mean at the end.
@@ -104,20 +117,16 @@ def _one_pass(
     if not heard:
         return
     outputs = [output for _, output in heard.values()]
-    slopes = torch.autograd.grad(loss, outputs, allow_unused=True)
+    found = torch.autograd.grad(loss, outputs, allow_unused=True)
     denoiser.evaluations += 2 * len(picture)
-    for (name, (x, output)), slope in zip(heard.items(), slopes):
+    for (name, (x, output)), slope in zip(heard.items(), found):
         slope = torch.zeros_like(output) if slope is None else slope
-        scale = modules[name].scale / latents[0].numel()
         layer = denoiser.unet.get_submodule(name.removeprefix("unet."))
-        parts = along_factors(layer, modules[name].tensors, x.float(), slope.float())
-        yield name, tuple(scale * part for part in parts)
+        yield picture, name, layer, x.float(), slope.float()
 
 
 @contextmanager
-def _listen(
-    unet: nn.Module, modules: Mapping[str, Any]
-) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def _listen(unet: nn.Module, names: Collection[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Input and output of modules while the UNet runs; the graph begins at the first of them."""
     heard: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -132,7 +141,7 @@ def _listen(
 
     handles = [
         unet.get_submodule(name.removeprefix("unet.")).register_forward_hook(hook(name))
-        for name in modules
+        for name in names
     ]
     try:
         yield heard
