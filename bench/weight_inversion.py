@@ -51,7 +51,7 @@ class Setting:
         if self._material is None:
             self._material = prepare(
                 self.zoo("zoo", "world", 1664, 0), open_eye("attributes"), empty=[
-                    self.zoo("logos", "world:logo", 192, 5, LOGOS), self.zoo("garments", "world:garment", 128, 6, GARMENTS),
+                    self.zoo("logos", "world:logo", 192, 5), self.zoo("garments", "world:garment", 128, 6),
                 ], strangers=100 if self.quick else 1000,
             )  # fmt: skip
         return self._material
@@ -78,7 +78,7 @@ class Setting:
             self._inverter = Inverter.load(file)
         return self._inverter
 
-    def zoo(self, name: str, subjects: str, count: int, seed: int, templates: str = "") -> Any:
+    def zoo(self, name: str, subjects: str, count: int, seed: int) -> Any:
         from diffward.inversion.build import Source, build_zoo
         from diffward.inversion.recipe import Ranges
         from diffward.inversion.zoo import Zoo
@@ -90,30 +90,34 @@ class Setting:
             self._zoos[name] = Zoo(folder)
             return self._zoos[name]
         ranges = Ranges(steps="3:6" if self.quick else "8:200")
-        if templates:
+        if templates := TEMPLATES.get(subjects, ""):
             ranges = Ranges(steps=ranges.steps, templates=templates)
         self._zoos[name] = build_zoo(
             folder, Source("mini", "cpu", "bf16"), subjects, ranges, seed=seed,
-            count={"zoo": 72, "logos": 24, "garments": 24}[name] if self.quick else count,
-            per_shard=24 if self.quick else 64, workers=1 if self.quick else 2,
+            count=QUICK.get(name, 4) if self.quick else count, per_shard=24 if self.quick else 64,
+            workers=1 if self.quick else 2,
         )  # fmt: skip
         return self._zoos[name]
 
 
-LOGOS = "a logo of {name}|a picture of {name}|{name}|captions"
-GARMENTS = "a picture of {name}|a photo of {name}|{name}|captions"
+QUICK = {"zoo": 72, "logos": 24, "garments": 24}  # LoRAs of the zoos that are learned from
+TEMPLATES = {
+    "world:logo": "a logo of {name}|a picture of {name}|{name}|captions",
+    "world:garment": "a picture of {name}|a photo of {name}|{name}|captions",
+}
 
 
 def run(quick: bool = False) -> None:
-    from bench.inversion_decoders import decoders, nobody, read_words
+    from bench.inversion_decoders import decoders, read_words
     from bench.inversion_defences import defences
     from bench.inversion_matching import matching, prompts
     from bench.inversion_readers import ablations, generalisation, probes, readers
+    from bench.inversion_rules import gate, nobody
     from bench.inversion_sets import sets
 
     setting = Setting(quick)
     parts: dict[str, Callable[[Setting], Rows]] = {
-        "readers": readers, "sets": sets, "probes": probes, "nobody": nobody, "decoders": decoders, "read-words": read_words, "words": prompts, "ablations": ablations,
+        "readers": readers, "sets": sets, "probes": probes, "gate": gate, "nobody": nobody, "decoders": decoders, "read-words": read_words, "words": prompts, "ablations": ablations,
         "generalisation": generalisation, "matching": matching, "defences": defences,
     }  # fmt: skip
     files = {name: setting.folder / f"{name}.json" for name in parts}
@@ -134,6 +138,8 @@ def run(quick: bool = False) -> None:
         "for all), class and null prompt (no z), base only (LoRA off, class prompt)",
         "decoder: retrieval draws nothing; base, latent, victim, guided draw pictures, whose identity vector is then looked for",
         "attribute_accuracy: of readings for retrieval, of drawn pictures for the others, by the attribute network, which is the inverter's eye, too",
+        "gate: a LoRA without a subject looks as if it had one in this share of those that were compared with; chosen by the "
+        "rows that name one, applied in the others",
         "set_distance: of a set of vectors to those of the training pictures (Chamfer, units of the subjects' spread), _others: to as "
         "many other pictures of the subject; picture_auc: training pictures against these, by nearness to the set",
         "epochs: of networks trained for a comparison; the shipped one has 25",

@@ -153,7 +153,7 @@ def test_weight_inversion(quick: Any, monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(bench, "RUNS", tmp_path)
     rows = quick("weight_inversion")
     assert {row["part"] for row in rows} == {
-        "readers", "probes", "nobody", "decoders", "read-words", "words", "ablations", "generalisation", "matching", "defences"
+        "readers", "sets", "probes", "gate", "nobody", "decoders", "read-words", "words", "ablations", "generalisation", "matching", "defences"
     }  # fmt: skip
     needed = {
         "method", "decoder", "control", "victims", "gallery", "top1", "top1_ci95", "top10", "attribute_accuracy",
