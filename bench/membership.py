@@ -86,7 +86,7 @@ class Plan:
 
 
 FULL = Plan("mini portraits", 200, (10, 50, 200), (8, 64), (0, 1, 2))
-QUICK = Plan("mini portraits", 24, (4, 20), (8,), (0,), shadows=4, shadowed=4)
+QUICK = Plan("mini portraits", 12, (4,), (8,), (0,), shadows=4, shadowed=4)
 
 
 def run(quick: bool = False) -> None:

@@ -24,6 +24,7 @@ def audit(
     inverter: str | None = None,
     eye: str | None = None,
     draws: int | None = None,
+    class_prompt: str = "",
     weights: bool = True,
     batch: int | None = None,
     seed: int = 0,
@@ -65,6 +66,7 @@ def audit(
         inverter: file of `diffward inverter train` that reads LoRAs of this base; for mini one comes with diffward.
         eye: the image model that the inverter learned with (transformers:FOLDER), where it does not lie under its old name.
         draws: pictures drawn to look for copies; by default 32 where latents are small or there is a GPU, else none.
+        class_prompt: what any picture of the kind would be called ("a photo of a dog"): drawn beside what the weights show.
         weights: ask the weights of a LoRA who and what is in them (identity, copies, words, number of pictures).
         batch: samples in one pass; by default what fits the size.
         thumbnails: put small copies of the pictures into the page. Page and scores name the pictures and
@@ -103,8 +105,8 @@ def audit(
     for note in notes:
         print(note)
     asked = WeightsOptions(
-        Path(inverter) if inverter else None, eye, draws, captions == "known", weights, seed
-    )
+        Path(inverter) if inverter else None, eye, draws, captions == "known", class_prompt, weights, seed
+    )  # fmt: skip
     if inverter and find_full(file) is not None:
         raise InputError(
             f"--inverter {inverter}: reads LoRAs, and {file} is a full model; leave it out"

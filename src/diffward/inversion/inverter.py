@@ -89,6 +89,7 @@ class Inverter(nn.Module):
     Attributes:
         gallery, others: identity vectors of strangers, and what the floor reads of LoRAs of subjects that it never
             saw: the two null distributions of an audit.
+        others_z: z of some of these LoRAs: what pictures from another's weights look like.
         empty: the floor's score of there being a subject, of LoRAs that hold none.
         moment, text_others: along which text states LoRAs learn, in the mean (D, D) and some held-out ones, factored.
     """
@@ -106,6 +107,7 @@ class Inverter(nn.Module):
     identity_spread: Tensor
     gallery: Tensor
     others: Tensor
+    others_z: Tensor
     empty: Tensor
     moment: Tensor
     text_others: Tensor
@@ -124,7 +126,7 @@ class Inverter(nn.Module):
             "floor_bias": (targets,), "floor_centre": (targets,), "floor_spread": (targets,),
             "norm_centre": (), "norm_spread": (), "space_mean": (facts.features,),
             "space_turn": (facts.features, facts.identity), "identity_mean": (facts.identity,), "identity_spread": (),
-            "gallery": (facts.sizes["gallery"], facts.identity), "others": (facts.sizes["others"], facts.identity),
+            "gallery": (facts.sizes["gallery"], facts.identity), "others": (facts.sizes["others"], facts.identity), "others_z": (facts.sizes.get("others_z", 0), config.latent),
             "empty": (facts.sizes["empty"],), "moment": (facts.drawn["conditioning"][1],) * 2,
             "text_others": (facts.sizes["text"], facts.drawn["conditioning"][1], TEXT_RANK),
         }.items():  # fmt: skip
@@ -254,7 +256,10 @@ class Inverter(nn.Module):
                 if header.get("schema") != SCHEMA:
                     raise ValueError(f"schema {header.get('schema')!r}")
                 inverter = cls(Facts(**json.loads(header["facts"])))
-                inverter.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118
+                # What an older diffward did not keep is empty.
+                tensors = {k: v for k, v in inverter.state_dict().items() if not v.numel()}
+                tensors |= {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+                inverter.load_state_dict(tensors)
         except Exception as error:
             told = " ".join(str(error).split())[:100]
             raise InputError(

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from diffward.models.eyes import Eye
 
 
+OTHERS_Z = 16  # held-out LoRAs of which z is kept
 TEXTS = 99  # held-out LoRAs of which it is kept along which words they learned
 
 
@@ -199,6 +200,9 @@ def _finish(inverter: Inverter, material: Material, data: Data, unseen: Tensor) 
     inverter.others.copy_(
         inverter.floor(material.valid.last().tokens.cores)[:, : inverter.facts.identity]
     )
+    inverter.others_z.copy_(
+        inverter.read(material.valid.last().tokens).mu[: len(inverter.others_z)]
+    )
     inverter.empty.copy_(_empty_scores(inverter, material, data, unseen))
     _text(inverter, material.zoo)
     inverter.facts = replace(inverter.facts, held_out=held_out(inverter, material))
@@ -252,6 +256,7 @@ def _start(
     sizes = {
         "gallery": len(material.gallery),
         "others": len(material.valid.last()),
+        "others_z": min(OTHERS_Z, len(material.valid.last())),
         "empty": len(data.last(subject=False)) + len(material.valid.last(subject=False)),
         "text": 0,
     }

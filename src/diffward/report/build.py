@@ -14,6 +14,7 @@ from diffward.errors import InputError
 from diffward.files import write_json, write_text
 from diffward.membership.statistics import p_values
 from diffward.report.advice import training_methods
+from diffward.report.drawn import Drawn
 from diffward.report.html import render_report
 from diffward.report.schema import FULL_MODEL, SCHEMA, Leak, Membership, Question, Subject
 from diffward.report.verdict import (
@@ -24,7 +25,6 @@ from diffward.report.verdict import (
     not_run_question,
     overall,
 )
-from diffward.report.weights import Drawn
 
 SCORES_FILE = "scores.csv"
 

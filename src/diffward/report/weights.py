@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffward.errors import InputError
-from diffward.report.images import small, thumbnail
+from diffward.report.drawn import CLASS_PROMPTS, Drawn, draw_from_weights, drawn_words
 from diffward.report.schema import Question
 from diffward.report.weights_verdict import (
     copies_question,
@@ -21,34 +21,15 @@ from diffward.report.weights_verdict import (
 )
 
 if TYPE_CHECKING:
-    from diffward.data import Pictures
     from diffward.inversion.inverter import Inverter
     from diffward.lora import LoraWeights
     from diffward.models.denoiser import Denoiser
     from diffward.models.eyes import Eye
     from diffward.report.sides import Sides
 
-SHOWN = 4  # pictures of each way of drawing
 AUTO_LATENTS = 16 * 16  # copies are looked for without being asked for up to this size of latents
 DRAWN, DRAW_STEPS = 32, 10
 SMALL_VOCABULARY = 5000
-
-
-class Pair(TypedDict):
-    """A drawn picture beside the owner's nearest; small data URIs, shown in the page only, blurred until clicked."""
-
-    drawn: str
-    nearest: str
-    file: str
-    closeness: float
-
-
-class Drawn(TypedDict):
-    """Pictures drawn one way; `control` where nothing of the file is in them."""
-
-    title: str
-    control: bool
-    pairs: list[Pair]
 
 
 @dataclass(frozen=True)
@@ -60,6 +41,8 @@ class WeightsOptions:
         eye: what the inverter learned with, where it is to be found here; by default under the name that it had.
         draws: pictures drawn to look for copies; None: 32 where the latents are small, else none.
         captions: whether pictures for copies may be drawn for the captions.
+        class_prompt: what any picture of the kind would be called, for comparison; known by itself where the inverter
+            learned from people of `mini`'s world.
         enabled: whether anything is asked.
     """
 
@@ -67,6 +50,7 @@ class WeightsOptions:
     eye: str | None = None
     draws: int | None = None
     captions: bool = True
+    class_prompt: str = ""
     enabled: bool = True
     seed: int = 0
 
@@ -153,41 +137,11 @@ def _read(
         notes.append("no pictures are drawn: the inverter's decoders are for another resolution")
         return [question, size], []
     real = pixels, features, sides.members
-    return [question, size], _pictures(inverter, denoiser, weights, tokens, eye, real, options.seed)
-
-
-def _pictures(
-    inverter: Inverter, denoiser: Denoiser, weights: LoraWeights, tokens: Any, eye: Eye,
-    real: tuple[np.ndarray, np.ndarray, Pictures], seed: int,
-) -> list[Drawn]:  # fmt: skip
-    """Each decoder's pictures beside the owner's nearest; the control is the base on z of shuffled weights."""
-    from diffward.inversion.decoders import DECODERS
-    from diffward.inversion.findings import nearest
-
-    pixels, features, pictures = real
-    z = inverter.read(tokens).mu.expand(SHOWN, -1)
-    mixed = inverter.read(tokens.of([0] * SHOWN).shuffled(seed)).mu
-    seeds = [seed * 1_000_003 + i for i in range(SHOWN)]
-    denoiser.attach(weights)
-    ways = [
-        ("From the weights, by the untouched base model", "base", z, SHOWN), ("The mean picture, without any model that draws", "latent", z, 1),
-        ("From the weights, by the fine-tuned model", "victim", z, SHOWN),
-        ("Control: the same weights shuffled, by the untouched base model", "base", mixed, SHOWN),
-        ("Control: the same weights shuffled, by the fine-tuned model", "victim", mixed, SHOWN),
-    ]  # fmt: skip
-    found: list[Drawn] = []
-    for title, name, key, count in ways:
-        made = DECODERS[name].obj(inverter, denoiser, key[:count], seeds[:count])
-        rows, close = nearest(inverter, eye.features(made), features)
-        pairs: list[Pair] = [
-            {
-                "drawn": thumbnail(small(picture)), "nearest": thumbnail(small(pixels[row])),
-                "file": pictures[int(row)].name or pictures[int(row)].path.name, "closeness": float(value),
-            }
-            for picture, row, value in zip(made, rows, close, strict=True)
-        ]  # fmt: skip
-        found.append({"title": title, "control": title.startswith("Control"), "pairs": pairs})
-    return found
+    class_prompt = options.class_prompt or CLASS_PROMPTS.get(inverter.facts.zoo["subjects"], "")
+    with_lora = inverter, denoiser, weights
+    drawn = draw_from_weights(with_lora, tokens, eye, real, class_prompt, options.seed)
+    question["evidence"].append(drawn_words(drawn))
+    return [question, size], drawn
 
 
 def _prompt(
