@@ -50,23 +50,41 @@ def record(
 
 def with_recorded(
     name: str, rows: Sequence[Mapping[str, Any]], key: Sequence[str]
-) -> list[Mapping[str, Any]]:
-    """`rows`, after those of the recorded table that they do not replace: `commit` tells when these were measured.
+) -> list[dict[str, Any]]:
+    """`rows`, after those of the recorded table that they do not replace.
+
+    A recorded mean over seeds (`seed` is "all") stays as long as none of its seeds came out otherwise now. Rows that
+    stay get a column `commit`: that of the table in which they were first told.
 
     Args:
-        key: the columns that tell rows apart.
+        key: the columns that tell rows apart, `seed` among them.
     """
     file = RESULTS / f"{name}.json"
     if not file.exists():
-        return list(rows)
+        return [dict(row) for row in rows]
     told = json.loads(file.read_text(encoding="utf-8"))
 
-    def about(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(column) for column in key)
+    def about(row: Mapping[str, Any], without: str = "") -> tuple[Any, ...]:
+        return tuple(row.get(column) for column in key if column != without)
 
-    new = {about(row) for row in rows}
-    kept = [{"commit": told["commit"], **row} for row in told["rows"] if about(row) not in new]
-    return [*kept, *rows]
+    new = {about(row): row for row in rows}
+    changed = {
+        about(row, "seed") for row in told["rows"] if about(row) in new and not _alike(row, new[about(row)])
+    }  # fmt: skip
+    kept = [
+        {"commit": told["commit"], **row} for row in told["rows"]
+        if about(row) not in new and not (row.get("seed") == "all" and about(row, "seed") in changed)
+    ]  # fmt: skip
+    return [*kept, *(dict(row) for row in rows)]
+
+
+def _alike(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float = 1e-3) -> bool:
+    """Whether the numbers that both tell are the same."""
+    return all(
+        abs(value - new[column]) <= tolerance * max(1.0, abs(value))
+        for column, value in old.items()
+        if isinstance(value, float) and isinstance(new.get(column), float)
+    )
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """The audit's rules about weights: how often they say "none shown" of LoRAs that hold no person, and of those that do.
 
-The one choice among them, how much a LoRA must look as if it held a subject, is made in `gate` on LoRAs that are used
-for nothing else; `nobody` judges on people and things that neither the inverter nor that choice has seen.
+How much a LoRA must look as if it held a subject is chosen in `gate`, on LoRAs that are used for nothing else; `nobody`
+judges on people and things that neither the inverter nor that choice has seen.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffward.inversion.zoo import Row, Zoo
 
 GATES = (0.02, 0.05, 0.1, 0.2, 0.3, 1.0)
+LEAST = 0.95  # of LoRAs without a person are to be "none shown"
 KINDS = ("logo", "garment")
 JUDGED = 192  # people of a zoo of their own
 STRANGERS = 977  # seed of people who are in no zoo
@@ -28,23 +29,20 @@ Asked = tuple["IdentityFinding", "SubjectFinding | None"]
 
 
 def gate(setting: Setting) -> Rows:
-    """Of each gate the share of "none shown", on things of a further zoo and on validation people.
+    """Of each gate the share of "none shown" of LoRAs of things, in zoos of their own.
 
-    The rule: the loosest at which of LoRAs without a person at least 95 % are "none shown", however they are asked.
+    The rule: the loosest gate at which at least 95 % are "none shown", however they are asked. `chosen` marks it, and
+    `weights_verdict.SUBJECT_GATE` must be it.
     """
-    from diffward.report.weights_verdict import identity_question
+    from diffward.report.weights_verdict import SUBJECT_GATE, identity_question
 
-    inverter, material = setting.inverter, setting.material
-    accuracy = inverter.facts.held_out["floor"]
+    accuracy = setting.inverter.facts.held_out["floor"]
     groups: dict[str, list[Asked]] = {}
     for kind in KINDS:
         zoo = setting.zoo(f"{kind}s-gate", f"world:{kind}", 128, {"logo": 15, "garment": 16}[kind])
         rows = zoo.last_saves(zoo.rows)
         for what, whose in _ways(kind, zoo, 5 * 10**6):
             groups[f"LoRAs of {kind}s, {what}"] = list(_ask(setting, zoo, rows, whose))
-    data = material.valid.last()
-    own = [(row.identity, material.subjects) for row in data.rows]
-    groups["LoRAs of people, its own person"] = list(_asked(setting, data.tokens, own))
     found: Rows = []
     for limit in GATES:
         for name, asked in groups.items():
@@ -53,7 +51,11 @@ def gate(setting: Setting) -> Rows:
                 level = identity_question(identity, None, accuracy)["level"]
                 levels.append(level if subject is None or subject.p_value < limit else "none_shown")
             found.append({"gate": limit, **_silent(name, levels)})
-    return found
+    good = [g for g in GATES if all(r["none_shown"] >= LEAST for r in found if r["gate"] == g)]
+    chosen = max(good, default=min(GATES))
+    if chosen != SUBJECT_GATE:
+        print(f"gate: the rule chooses {chosen}, weights_verdict.SUBJECT_GATE is {SUBJECT_GATE}")
+    return [{**r, "chosen": r["gate"] == chosen} for r in found]
 
 
 def nobody(setting: Setting) -> Rows:
@@ -63,9 +65,8 @@ def nobody(setting: Setting) -> Rows:
     """
     cases: Rows = []
     for kind in KINDS:
-        zoo = setting.zoo(f"{kind}s", f"world:{kind}", 0, {"logo": 5, "garment": 6}[kind])
-        # The other parts have calibrated the question.
-        rows = zoo.last_saves(zoo.of_split("test"))
+        zoo = setting.zoo(f"{kind}s-judged", f"world:{kind}", 64, {"logo": 25, "garment": 26}[kind])
+        rows = zoo.last_saves(zoo.rows)
         for what, whose in _ways(kind, zoo, 2 * 10**6):
             cases.append(_rules(f"LoRAs of {kind}s, {what}", setting, list(_ask(setting, zoo, rows, whose))))  # fmt: skip
         cases.append(_alone(f"LoRAs of {kind}s", setting, setting.inverter.basis.of_zoo(zoo, rows)))

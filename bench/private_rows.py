@@ -30,7 +30,7 @@ NOTES = (
     "that train and 200 that do not, a quarter of either auxiliary. A seed is other people, another split and "
     "another start",
     "LoRA on all layers, AdamW, learning rate 1e-3 constant, batch 8; text: on the keys and values of the "
-    "cross-attention alone, learning rate 2e-3. All methods have the same split. exposure: passes over each picture "
+    "cross-attention alone, learning rate 2e-3; full: all weights of the UNet at 1e-4, which was not tuned. All methods have the same split. exposure: passes over each picture "
     "up to the weights that are judged",
     f"heldout_loss_ratio: error on the judged non-members ({PAIRS} fixed pairs) over that of plain LoRA at its best, "
     "which is the snapshot with the least error on the gauge's validation pictures; base_loss_ratio: the untouched "
@@ -47,6 +47,7 @@ NOTES = (
     "worst is the largest of these, and its interval resamples runs and pictures",
     "controls: base_model_auc is that of the attack whose control is farthest from 0.5 on the base alone; "
     "off_chance names attacks whose control is off chance",
+    "commit: of the table that a row was first told in, where it was not measured anew",
     "effective_weight: w in L - w CE, whose gradient the objective has but for a common factor: lambda for mp, the "
     "mean of lambda L / (1 + lambda CE) over the run for smp",
     "cost rows: a whole optimizer step against a plain one, rounds in turns in one process, medians; step_ratio "
@@ -221,7 +222,7 @@ def draw_curve(rows: Sequence[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    people = [row for row in rows if row["dataset"] == PEOPLE]
+    people = [row for row in rows if row.get("dataset") == PEOPLE]
     shown = [row for row in people if row["seed"] == "all"] or people
     plain = sorted(
         (row for row in shown if (row["method"], row["settings"]) == ("plain", "rank 8")),

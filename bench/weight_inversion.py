@@ -138,8 +138,8 @@ def run(quick: bool = False) -> None:
         "for all), class and null prompt (no z), base only (LoRA off, class prompt)",
         "decoder: retrieval draws nothing; base, latent, victim, guided draw pictures, whose identity vector is then looked for",
         "attribute_accuracy: of readings for retrieval, of drawn pictures for the others, by the attribute network, which is the inverter's eye, too",
-        "gate: a LoRA without a subject looks as if it had one in this share of those that were compared with; chosen by the "
-        "rows that name one, applied in the others",
+        "gate: of the LoRAs without a subject that were compared with, the share that may look as if they had one; chosen by the "
+        "rows that name one, on zoos that nothing else uses; applied in the others",
         "set_distance: of a set of vectors to those of the training pictures (Chamfer, units of the subjects' spread), _others: to as "
         "many other pictures of the subject; picture_auc: training pictures against these, by nearness to the set",
         "epochs: of networks trained for a comparison; the shipped one has 25",

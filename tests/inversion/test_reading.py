@@ -196,6 +196,9 @@ def test_a_saved_inverter_says_the_same(inverter: Inverter, material: Any, tmp_p
     assert again.facts == inverter.facts
     before, after = (one.read(material.test.tokens) for one in (inverter, again))
     assert float(torch.cosine_similarity(before.identity, after.identity).min()) > 0.999
+    assert before.picture_set.shape == (*before.identity.shape[:1], 8, before.identity.shape[1])
+    assert float((before.picture_set - after.picture_set).abs().max()) < 0.05
+    assert len(inverter.others_z) and torch.allclose(inverter.others_z, Inverter.load(tmp_path / "i.safetensors").others_z, atol=1e-2)  # fmt: skip
     assert float((before.log_steps - after.log_steps).abs().max()) < 0.05
 
 

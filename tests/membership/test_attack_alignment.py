@@ -21,7 +21,7 @@ from .toy import binormal_auc
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_cosines_are_those_of_whole_gradients(tiny_denoiser, pictures, prediction):
-    """Of every weight by autograd on the base, in code that shares nothing with the probe."""
+    """Of every weight by autograd on the base, where the probe multiplies what goes in and what comes back."""
     denoiser = tiny_denoiser(prediction)
     features = encode_pictures(denoiser, pictures, cache=False)
     weights = all_targets(denoiser)
@@ -86,3 +86,29 @@ def test_score_on_a_toy_of_known_auc():
     bank = bank_of_arrays({("alignment", ON): cosines}, member)
     scores = ATTACKS["alignment"].obj(bank)
     assert auc(scores[member], scores[~member]) == pytest.approx(binormal_auc(0.5 * 5**0.5), abs=0.02)  # fmt: skip
+
+
+def test_the_order_of_asking_does_not_matter_where_the_text_encoder_is_adapted(tiny_denoiser, pictures):  # fmt: skip
+    """The pull is the base's, text encoder and all; other probes must not get its conditioning."""
+    denoiser = tiny_denoiser()
+    features = encode_pictures(denoiser, pictures, cache=False)
+    adapter = denoiser.inject(3, 3.0, ["to_q", "to_v", "q_proj", "v_proj"], text_encoder=True)
+    weights = adapter.weights()
+    denoiser.detach()
+    generator = torch.Generator().manual_seed(0)
+    for module in weights.modules.values():
+        module.tensors["up"].normal_(0, 0.3, generator=generator)
+    assert any(not name.startswith("unet.") for name in weights.modules)
+    pairs = Pairs.draw(denoiser, 2)
+    answers = []
+    for order in (("alignment", "errors"), ("errors", "alignment")):
+        bank = bank_with(denoiser, features, pictures, pairs, weights)
+        found = {probe: bank.of(probe, ON) for probe in order}
+        answers.append(found)
+    assert not np.allclose(answers[0]["errors"], bank.of("errors", OFF))
+    for probe in ("alignment", "errors"):
+        np.testing.assert_array_equal(answers[0][probe], answers[1][probe])
+    alone = Matching(denoiser, weights, pairs)
+    text = features.conditioning(torch.tensor([0]))
+    theirs = alone.cosines(features.latents[:1], text).detach().numpy()
+    np.testing.assert_allclose(np.sort(answers[0]["alignment"][0]), np.sort(theirs), atol=1e-5)

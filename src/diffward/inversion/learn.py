@@ -29,7 +29,7 @@ from diffward.inversion.inverter import Facts, Inverter, eye_print
 from diffward.inversion.judge import held_out
 from diffward.inversion.prompt import KEYS_AND_VALUES, strongest, zoo_evidence
 from diffward.inversion.sets import SIZE, picture_vectors
-from diffward.inversion.subjects import open_subjects, public_subjects
+from diffward.inversion.subjects import WORLD, open_subjects, public_subjects
 from diffward.inversion.teach import Pupil, train_latents, train_prompt, train_set
 from diffward.inversion.tokens import SIDE, Basis
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from diffward.models.eyes import Eye
 
 
-OTHERS_Z = 16  # held-out LoRAs of which z is kept
+OTHERS_Z = 4  # held-out LoRAs of fictional subjects of which z is kept
 TEXTS = 99  # held-out LoRAs of which it is kept along which words they learned
 
 
@@ -184,7 +184,8 @@ def train_inverter(
     with torch.no_grad():
         z = _encode(inverter, data, unseen)
     if settings.set_steps:
-        train_set(inverter, _sets(inverter, material, data), z, settings.set_steps, work, run)
+        sets = _sets(inverter, material, data)
+        train_set(inverter, sets, z, settings.set_steps, work, run, settings.seed)
     if denoiser is not None:
         pupil = Pupil(inverter, data, z, material.subjects, denoiser, work, run, settings.seed)
         train_latents(pupil, settings.latent_steps)
@@ -256,7 +257,8 @@ def _start(
     sizes = {
         "gallery": len(material.gallery),
         "others": len(material.valid.last()),
-        "others_z": min(OTHERS_Z, len(material.valid.last())),
+        # Real people's are not passed on: whoever audits would see strangers drawn.
+        "others_z": min(OTHERS_Z * head.subjects.startswith(WORLD), len(material.valid.last())),
         "empty": len(data.last(subject=False)) + len(material.valid.last(subject=False)),
         "text": 0,
     }

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from diffward.lora import LoraWeights
     from diffward.models.denoiser import Denoiser
 
-_RANK = 1e-4  # of the largest singular value: smaller ones are rounding
-_TINY = 1e-20
-
 
 @dataclass(frozen=True)
 class Matched:
@@ -69,10 +66,8 @@ class Matching:
                 continue
             parameter = denoiser.unet.get_submodule(name.removeprefix("unet.")).weight
             one = canonical_module(module, parameter.detach().cpu())
-            rank = int((one.sigma > _RANK * one.sigma[0]).sum())
-            if rank and one.sigma[0] > 0:
-                top = one.top(rank)
-                self.modules[name] = Canonical(*(x.to(denoiser.device) for x in (top.u, top.sigma, top.v)))  # fmt: skip
+            if one.sigma[0] > 0:
+                self.modules[name] = one.significant().to(denoiser.device)
                 self._weights[name] = parameter
         if not self.modules:
             raise InputError("the LoRA changes nothing in the UNet: there is nothing to match")
@@ -96,12 +91,10 @@ class Matching:
             gradients = torch.autograd.grad(
                 errors.mean(), list(self._weights.values()), create_graph=graph
             )
-        found = []
-        for gradient, one in zip(gradients, self.modules.values(), strict=True):
-            # <-G V V^T, U S V^T> = <-G V, U S>, and |G V V^T| = |G V|.
-            seen = -(gradient.flatten(1) @ one.v)
-            length = (seen.square().sum() + _TINY).sqrt() * one.sigma.norm()
-            found.append((seen * one.u * one.sigma).sum() / length)
+        found = [
+            one.alignment(gradient.flatten(1) @ one.v)
+            for gradient, one in zip(gradients, self.modules.values(), strict=True)
+        ]
         return torch.stack(found)
 
     @contextlib.contextmanager

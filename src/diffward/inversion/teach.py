@@ -91,7 +91,14 @@ def train_prompt(pupil: Pupil, steps: int, batch: int = 16) -> None:
 
 
 def train_set(
-    inverter: Inverter, sets: Tensor, z: Tensor, steps: int, work: Path, run: str, batch: int = 256
+    inverter: Inverter,
+    sets: Tensor,
+    z: Tensor,
+    steps: int,
+    work: Path,
+    run: str,
+    seed: int = 0,
+    batch: int = 256,
 ) -> None:
     """z (n, latent) to a set of vectors near those of single training pictures.
 
@@ -105,7 +112,7 @@ def train_set(
         identity = inverter.heads(z)["identity"]
 
     def loss(number: int) -> Tensor:
-        g = torch.Generator().manual_seed(number)
+        g = torch.Generator().manual_seed(seed * 1_000_003 + number)
         some = rows[torch.randint(len(rows), (batch,), generator=g)]
         return chamfer(head(z[some], identity[some]), sets[some]).mean()
 

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffward.lora.module import LoraModule
+
+_ROUNDING = 1e-4  # of the largest singular value: what is smaller is rounding
+_TINY = 1e-20
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,22 @@ class Canonical:
 
         more = max(0, count - self.sigma.shape[-1])
         return Canonical(*(pad(x[..., :count], (0, more)) for x in (self.u, self.sigma, self.v)))
+
+    def significant(self) -> Canonical:
+        """Of one module: without the components that are rounding."""
+        return self.top(int((self.sigma > _ROUNDING * self.sigma[0]).sum()))
+
+    def to(self, device: torch.device) -> Canonical:
+        return Canonical(*(x.to(device) for x in (self.u, self.sigma, self.v)))
+
+    def alignment(self, seen: Tensor) -> Tensor:
+        """Does W lie where a gradient G descends? cos(-G V V^T, W) (...,), from seen = G V (..., out, k).
+
+        From B = 0 the first change of W = B A under G is proportional to G A^T A, for a random A to G V V^T. With
+        W = U S V^T, <-G V V^T, W> = <-G V, U S> and ||G V V^T|| = ||G V||.
+        """
+        length = (seen.square().sum((-2, -1)) + _TINY).sqrt() * self.sigma.norm()
+        return -(seen * self.u * self.sigma).sum((-2, -1)) / length
 
     def delta(self) -> Tensor:
         """W (..., out, in)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from diffward.membership.live import (
     fresh_factors,
     picture_key,
 )
-from diffward.membership.probe import OFF, ON, PROBES, Query
+from diffward.membership.probe import BASE_CAPTION, OFF, ON, PROBES, Query
 from diffward.models.pairs import Pairs
 from diffward.progress import progress
 
@@ -162,10 +162,12 @@ def build_bank(
     made: dict[tuple[str, str], int] = {}
     ready: dict[tuple[str, str], np.ndarray] = {}
     along: dict[str, LoraWeights] = {}
+    kept: dict[str, dict[str, Any]] = {ON: {}, OFF: {}}
 
     def query(rows: Tensor, model: str) -> Query:
         def text(name: str) -> Tensor:
-            if name == "caption" and (model == OFF or not denoiser.adapts_text):
+            plain = model == OFF or not denoiser.adapts_text
+            if name == BASE_CAPTION or (name == "caption" and plain):
                 return features.conditioning(rows)
             return conditions.of(name, model)[texts[rows]]
 
@@ -176,7 +178,7 @@ def build_bank(
 
         return Query(
             denoiser, features.latents[rows], rows, text, lambda share: crops.of(share)[rows.cpu()].to(device),
-            pairs, factors, batch, model,
+            pairs, factors, batch, model, kept[model],
         )  # fmt: skip
 
     def ask(probe: str, model: str) -> np.ndarray:

@@ -7,8 +7,8 @@ that every answer is batched and cached in one place (`bank`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from diffward.models.pairs import Pairs
 
 ON, OFF = "on", "off"
+BASE_CAPTION = (
+    "base caption"  # the caption as the base's text encoder has it, whatever an adapter makes of it
+)
 
 
 @dataclass
@@ -31,13 +34,14 @@ class Query:
     Attributes:
         latents: (n, C, h, w), on the denoiser's device.
         rows: (n,) which pictures these are, for what must be drawn by picture.
-        text: condition name ("caption", "null", "reduced0" …) to conditioning (n, L, D).
+        text: condition name ("caption", `BASE_CAPTION`, "null", "reduced0" …) to conditioning (n, L, D).
         crops: share of the side to latents (n, C, h, w) of the centre crop, resized back.
         pairs: the K shared (t, eps) pairs.
         factors: of a white-box probe: the LoRA's weights, or the factors of a full model's change; of
             the base fresh ones of the same shapes.
         batch: how many denoiser inputs fit one pass.
         model: `ON` or `OFF`.
+        kept: what a probe works out once of the model's factors, for the next queries.
     """
 
     denoiser: Denoiser
@@ -49,6 +53,7 @@ class Query:
     factors: Callable[[], LoraWeights]
     batch: int
     model: str = ON
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:

@@ -43,9 +43,15 @@ class Drawn(TypedDict):
 
 def draw_from_weights(
     model: tuple[Inverter, Denoiser, LoraWeights], tokens: Tokens, eye: Eye,
-    real: tuple[np.ndarray, np.ndarray, Pictures], class_prompt: str, seed: int,
+    real: tuple[np.ndarray, np.ndarray, Pictures], class_prompt: str, seed: int, denoise: bool = True,
 ) -> list[Drawn]:  # fmt: skip
-    """Each way of drawing beside the owner's nearest pictures; controls hold nothing of the file, or not its order."""
+    """Each way of drawing beside the owner's nearest pictures; controls hold nothing of the file, or not its order.
+
+    Args:
+        real: the owner's pictures (n, H, W, 3), their features by `eye`, and where they lie.
+        class_prompt: what any picture of the kind would be called; empty: not known.
+        denoise: whether the base and the fine-tuned model draw: some 40 passes of the denoiser a picture.
+    """
     from diffward.inversion.decoders import DECODERS, conditioned, prompts
     from diffward.inversion.findings import nearest
 
@@ -82,9 +88,14 @@ def draw_from_weights(
         called = f"“{class_prompt}”"
         ways.insert(4, (f"Without reading them: the fine-tuned model, {called}", False, lambda: from_text(class_prompt)))  # fmt: skip
         ways.append((f"Control: the untouched base model, {called}", True, lambda: from_text(class_prompt, bare=True)))  # fmt: skip
+    if not denoise:
+        ways = ways[1:2]
+    try:
+        drawn = [(title, control, draw()) for title, control, draw in ways]
+    finally:
+        denoiser.detach()
     found: list[Drawn] = []
-    for title, control, draw in ways:
-        made = draw()
+    for title, control, made in drawn:
         rows, close = nearest(inverter, eye.features(made), features)
         pairs: list[Pair] = [
             {

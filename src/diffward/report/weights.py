@@ -139,7 +139,12 @@ def _read(
     real = pixels, features, sides.members
     class_prompt = options.class_prompt or CLASS_PROMPTS.get(inverter.facts.zoo["subjects"], "")
     with_lora = inverter, denoiser, weights
-    drawn = draw_from_weights(with_lora, tokens, eye, real, class_prompt, options.seed)
+    denoise = _draws(denoiser, options) > 0
+    if not denoise:
+        notes.append(
+            "on a CPU no pictures are drawn by the models at this size; --draws 32 draws them"
+        )
+    drawn = draw_from_weights(with_lora, tokens, eye, real, class_prompt, options.seed, denoise)
     question["evidence"].append(drawn_words(drawn))
     return [question, size], drawn
 

@@ -65,10 +65,10 @@ Slope = tuple[Tensor, str, nn.Module, Tensor, Tensor]
 """Pictures (m,) of some samples; a module, its name, its input x and the loss's gradient g at its output, (m, …)."""
 
 
-def slopes(query: Query, names: Collection[str]) -> Iterator[Slope]:
+def slopes(query: Query, names: Collection[str], text: str = "caption") -> Iterator[Slope]:
     """Module after module of pass after pass, until each picture was seen at each of `gradient_pairs`.
 
-    Of the sum, not the mean, of the squared errors under the caption.
+    Of the sum, not the mean, of the squared errors under the condition `text`.
     """
     if not names:
         return
@@ -77,7 +77,7 @@ def slopes(query: Query, names: Collection[str]) -> Iterator[Slope]:
     height, width = query.latents.shape[-2:]
     size = max(1, min(query.batch // SHARE, PLACES // (height * width)))
     for at in torch.arange(n * k, device=query.latents.device).split(size):
-        yield from _one_pass(query, names, at // k, chosen[at.cpu() % k])
+        yield from _one_pass(query, names, at // k, chosen[at.cpu() % k], text)
 
 
 @dataclass
@@ -105,13 +105,13 @@ class _Totals:
 
 
 def _one_pass(
-    query: Query, names: Collection[str], picture: Tensor, pair: Tensor
+    query: Query, names: Collection[str], picture: Tensor, pair: Tensor, text: str
 ) -> Iterator[Slope]:
     denoiser, latents = query.denoiser, query.latents[picture]
     t, eps = query.pairs.t[pair].to(latents.device), query.pairs.eps[pair].to(latents.device)
     with torch.enable_grad(), _listen(denoiser.unet, names) as heard:
         noisy = denoiser.noise(latents, t, eps)
-        prediction = denoiser.predict(noisy, t, query.text("caption")[picture])
+        prediction = denoiser.predict(noisy, t, query.text(text)[picture])
         # A sum, so that half precision does not underflow; made a mean at the end.
         loss = (prediction - denoiser.target(latents, t, eps)).square().sum()
     if not heard:
