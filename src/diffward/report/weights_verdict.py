@@ -2,7 +2,7 @@
 
 **Identity.** The p-value is the largest of three: strangers of a gallery that are as near to what the weights say, other
 LoRAs' readings that are as near to the subject, and the file's own weights shuffled. At most 1 in 40 harmless files can
-be given a level: low below 0.025, high below 0.01; none where one in ten LoRAs without a subject looks as if it had one, and no claim where the pictures show
+be given a level: low below 0.025, high below 0.01; none where three in ten LoRAs without a subject look as much as if they had one, and no claim where the pictures show
 more than one. The pictures of the page never change a level.
 
 **Words.** The training caption must fit the weights better than it fits other LoRAs, and than random words of its
@@ -31,7 +31,8 @@ from diffward.report.verdict import AUC_STEPS, BUDGET, question, rank, step_leve
 
 IDENTITY_STEPS: tuple[tuple[float, Level], ...] = ((0.01, "high"), (0.025, "low"))
 PROMPT_STEPS: tuple[tuple[float, Level], ...] = ((0.02, "medium"), (0.05, "low"))
-SUBJECT_P, SUBJECT_GATE, COPIES_P, SKILL = 0.02, 0.1, 0.01, 0.1
+SUBJECT_P, COPIES_P, SKILL = 0.02, 0.01, 0.1
+SUBJECT_GATE = 0.3  # chosen by `bench weight-inversion`, part gate
 SPREAD = (
     4.0  # how much more than pictures of one subject those may differ that are called one subject's
 )
@@ -234,13 +235,14 @@ def accuracy_words(accuracy: Mapping[str, Any]) -> str:
 def _subject_words(subject: SubjectFinding | None) -> list[str]:
     if subject is None:
         return []
-    if subject.p_value < SUBJECT_GATE:
+    if subject.p_value < SUBJECT_P:
         return [
             f"The weights hold a subject of the kind that the reader knows (p = {subject.p_value:.2g})."
         ]
-    return [
-        f"LoRAs without such a subject look the same to the reader ({_count(subject.p_value, subject.empty)} of {subject.empty})."
-    ]
+    alike = f"{_count(subject.p_value, subject.empty)} of {subject.empty} LoRAs without such a subject look as much as if they held one"
+    if subject.p_value < SUBJECT_GATE:
+        return [f"{alike}: too few to speak against it."]
+    return [f"{alike}: no claim is made about who it is."]
 
 
 def _refused(ident: str, statement: str) -> Question:
