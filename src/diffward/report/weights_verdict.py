@@ -2,8 +2,8 @@
 
 **Identity.** The p-value is the largest of three: strangers of a gallery that are as near to what the weights say, other
 LoRAs' readings that are as near to the subject, and the file's own weights shuffled. At most 1 in 40 harmless files can
-be given a level: low below 0.025, high below 0.01; none where three in ten LoRAs without a subject look as much as if they had one, and no claim where the pictures show
-more than one. The pictures of the page never change a level.
+be given a level: low below 0.025, high below 0.01; none where three in ten LoRAs without a subject look as much as if they
+had one, and no claim where the pictures show more than one. The pictures of the page never change a level.
 
 **Words.** The training caption must fit the weights better than it fits other LoRAs, and than random words of its
 length do: low below 0.05, medium below 0.02.
