@@ -45,9 +45,7 @@ CHANGES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 
 
 def defences(setting: Setting) -> Rows:
-    from diffward.finetune.auxiliary import Auxiliary  # noqa: F401 (the trainings need it)
-
-    victims = [10**7 + i for i in range(3 if setting.quick else VICTIMS)]
+    victims = [10**7 + i for i in range(2 if setting.quick else VICTIMS)]
     people = [_person(setting, number) for number in victims]
     files: dict[str, list[LoraWeights]] = {}
     for name, training in TRAININGS.items():
@@ -56,6 +54,8 @@ def defences(setting: Setting) -> Rows:
         files[name] = [_train(setting, person, training, i) for i, person in enumerate(people)]
     plain = files["none"]
     for name, change in CHANGES.items():
+        if setting.quick and name != "quantised to 4 bits":
+            continue
         files[name] = [_changed(weights, change, i) for i, weights in enumerate(plain)]
     files["strongest component only"] = [_truncated(weights, 1) for weights in plain]
     base = [_loss(setting, person, None) for person in people]
