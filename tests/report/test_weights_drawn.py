@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,31 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (inverter, denoiser, weights), inverter.tokens(weights, denoiser), eye,
         (pixels, eye.features(pixels), pictures), "a portrait of a person", 0,
     )  # fmt: skip
-    denoiser.detach()
+    assert not denoiser._adapter  # what is asked next must meet the bare base
     return found
 
 
 @pytest.mark.slow
-def test_every_control_is_there_and_is_none_of_the_subject(drawn: Any) -> None:
+def test_where_the_models_may_not_draw_there_is_the_mean_picture(drawn: Any) -> None:
+    """Without a pass of the denoiser."""
+    denoiser = load_base("mini", device="cpu")
+    inverter = open_inverter(None, denoiser)
+    assert inverter is not None
+    lora = denoiser.inject(4, 4.0, ["to_q", "to_k"], text_encoder=False).weights()
+    denoiser.detach()
+    eye, picture = open_eye(inverter.facts.eye), np.full((1, 64, 64, 3), 90, np.uint8)
+    before = denoiser.evaluations
+    owned: Any = [SimpleNamespace(name="mine.png", path=None)]
+    found = draw_from_weights(
+        (inverter, denoiser, lora), inverter.tokens(lora, denoiser), eye,
+        (picture, eye.features(picture), owned), "a portrait of a person", 0, denoise=False,
+    )  # fmt: skip
+    assert [(g["title"], len(g["pairs"])) for g in found] == [(drawn[1]["title"], 1)]
+    assert denoiser.evaluations == before
+
+
+@pytest.mark.slow
+def test_every_control_is_there_and_those_of_the_base_are_not_the_subject(drawn: Any) -> None:
     close = {
         group["title"]: float(np.mean([pair["closeness"] for pair in group["pairs"]]))
         for group in drawn

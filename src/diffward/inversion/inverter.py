@@ -69,7 +69,8 @@ class Reading:
     """What weights say of n LoRAs.
 
     identity (n, k), in units of the subjects' spread about their mean; picture_set (n, S, k): vectors of single training
-    pictures, in the same units; attributes: shares (n, values); log_pictures, log_steps (n,); subject (n,): log odds that there is one; mu and logvar (n, latent) of z; floor (n, targets).
+    pictures, in the same units; attributes: shares (n, values); log_pictures, log_steps (n,); subject (n,): log odds that
+    there is one; mu and logvar (n, latent) of z; floor (n, targets).
     """
 
     identity: Tensor

@@ -71,9 +71,10 @@ def draw_from_weights(
             conditioning = denoiser.condition([text]).expand(SHOWN, -1, -1)
             return conditioned(denoiser, conditioning, prompts(inverter, denoiser, z)[1], seeds)
 
-    ways: list[tuple[str, bool, Callable[[], np.ndarray]]] = [
-        ("From the weights, by the untouched base model", False, lambda: from_z("base", z)),
-        ("The mean picture, without any model that draws", False, lambda: from_z("latent", z, 1)),
+    Way = tuple[str, bool, Callable[[], np.ndarray]]
+    mean: Way = ("The mean picture, without any model that draws", False, lambda: from_z("latent", z, 1))  # fmt: skip
+    ways: list[Way] = [
+        ("From the weights, by the untouched base model", False, lambda: from_z("base", z)), mean,
         ("From the weights, by the fine-tuned model", False, lambda: from_z("victim", z)),
         ("Without reading them: the fine-tuned model, empty prompt", False, lambda: from_text("")),
         ("Control: the same weights shuffled, by the untouched base model", True, lambda: from_z("base", mixed)),
@@ -89,7 +90,7 @@ def draw_from_weights(
         ways.insert(4, (f"Without reading them: the fine-tuned model, {called}", False, lambda: from_text(class_prompt)))  # fmt: skip
         ways.append((f"Control: the untouched base model, {called}", True, lambda: from_text(class_prompt, bare=True)))  # fmt: skip
     if not denoise:
-        ways = ways[1:2]
+        ways = [mean]
     try:
         drawn = [(title, control, draw()) for title, control, draw in ways]
     finally:

@@ -140,10 +140,8 @@ def _read(
     class_prompt = options.class_prompt or CLASS_PROMPTS.get(inverter.facts.zoo["subjects"], "")
     with_lora = inverter, denoiser, weights
     denoise = _draws(denoiser, options) > 0
-    if not denoise:
-        notes.append(
-            "on a CPU no pictures are drawn by the models at this size; --draws 32 draws them"
-        )
+    if not denoise and options.draws is None:
+        notes.append("latents of this size take a GPU: the models draw no pictures; --draws 32 draws them all the same")  # fmt: skip
     drawn = draw_from_weights(with_lora, tokens, eye, real, class_prompt, options.seed, denoise)
     question["evidence"].append(drawn_words(drawn))
     return [question, size], drawn
