@@ -19,7 +19,7 @@ from diffward.guard.settings import ImmaOptions
 from diffward.guard.sides import Guarded, Side, random_matched
 from diffward.guard.subject import Found
 from diffward.models.mini import world
-from diffward.models.mini.attributes import Person
+from diffward.models.mini.attributes import DOMAINS, Person
 
 if TYPE_CHECKING:
     from diffward.models.denoiser import Denoiser
@@ -32,6 +32,9 @@ PUBLISHER, ATTACKER, HELD_OUT = 12, 16, 24  # portraits of each person
 THINGS = 64  # pictures of the innocent domain for either of the three
 # name: (domain, style), styles that the base has never seen.
 INNOCENT = {"neon garments": ("garment", "neon"), "sketched logos": ("logo", "sketch")}
+# Beside the domain, what the attribute network, which knows neither style, still reads: in drawings of its own, 0.97,
+# 0.91 and 0.85 right; colours are lost.
+READABLE = {"garment": ("garment", "pattern"), "logo": ("shape",)}
 OTHER_ILLEGAL = ("logo", "mosaic")
 # `freeze` with the illegal loss weighed more than the innocent one.
 HARD_WEIGHT = 2.0
@@ -136,8 +139,15 @@ class World:
         kind = INNOCENT[self.innocent][0]
         return Side.of(
             denoiser, self.things(1), held, held.captions[: self.sizes.drawn_things],
-            class_prompt=f"a picture of a {kind}",
+            class_prompt=f"a picture of a {kind}", agreement=self.captions_kept,
         )  # fmt: skip
+
+    def captions_kept(self, pixels: np.ndarray, captions: list[str]) -> np.ndarray:
+        """Of each picture (n,): which part of what its caption says, and can be read in the style, it shows."""
+        from diffward.models.mini.reader import attribute_agreement, load_reader
+
+        kind = INNOCENT[self.innocent][0]
+        return attribute_agreement(load_reader(), pixels, [said_of(kind, one) for one in captions])
 
 
 @dataclass
@@ -274,8 +284,20 @@ class Learned:
         return found
 
 
+def said_of(kind: str, caption: str) -> dict[str, int]:
+    """The domain, and the readable attributes that a caption of `world.sample` names, by value."""
+    words = set(caption.replace(",", " ").split())
+    return {"domain": list(DOMAINS).index(kind)} | {
+        name: index
+        for name in READABLE[kind]
+        for index, value in enumerate(DOMAINS[kind][name])
+        if value in words
+    }
+
+
 @lru_cache(maxsize=8)
 def load(base: str) -> Denoiser:
+    from bench.make_bases import built
     from diffward.models.load import load_base
 
-    return load_base(base, device="cpu")  # type: ignore[no-any-return]
+    return load_base(base if base == "mini" else str(built(base)), device="cpu")  # type: ignore[no-any-return]

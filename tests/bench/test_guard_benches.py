@@ -206,3 +206,55 @@ def _quick(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[dict
     monkeypatch.setattr(module, "record", record)
     module.run(quick=True)
     return told
+
+
+def test_of_the_rows_over_seeds_those_with_more_of_them_stay(bench: Any) -> None:
+    most_seeds = bench("freezeasguard").most_seeds
+    five = {"method": "freeze", "attacker": "full", "seeds": 5}
+    two = {"method": "freeze", "attacker": "full", "seeds": 2}
+    other = {"method": "freeze", "attacker": "lora", "seeds": 2}
+    assert most_seeds([two, other], [five]) == [five, other]
+    again = five | {"identity_match": 0.5}
+    assert most_seeds([again], [five]) == [again]
+
+
+def test_contrasts_come_from_the_hits_that_rows_carry(bench: Any) -> None:
+    def row(method: str, seed: int, hits: str) -> dict[str, Any]:
+        return {"table": "1", "method": method, "attacker": "full", "seed": seed, "hits": [hits, hits],
+                "innocent_quality": 0.9}  # fmt: skip
+
+    rows = [row(m, s, h) for s in (1, 2, 3) for m, h in (("none", "1111"), ("freeze", "1000"))]
+    without = {k: v for k, v in row("none", 4, "0000").items() if k != "hits"}  # of an older table
+    none, freeze = bench("freezeasguard").contrasts([*rows, without])
+    assert (none["identity_match"], none["seeds"]) == (1.0, 3)
+    assert (freeze["identity_match"], freeze["vs_none"]) == (0.25, -0.75)
+    assert freeze["vs_none_ci95"][0] <= -0.75 <= freeze["vs_none_ci95"][1] < 0
+
+
+def test_a_unit_is_there_once_all_its_guards_and_attackers_have_rows(bench: Any) -> None:
+    freezeasguard = bench("freezeasguard")
+    unit = freezeasguard.Unit("1", 2, ("freeze", "uce"), ("lora", "full"))
+    rows = [
+        {"table": "1", "method": m, "attacker": a, "rho": r, "subjects": 5, "base": "mini",
+         "innocent": "neon garments", "seed": 2}
+        for m, r in (("freeze", 0.3), ("uce", 0.0)) for a in ("lora", "full")
+    ]  # fmt: skip
+    is_there = freezeasguard.is_there
+    assert is_there(unit, rows) and not is_there(unit, rows[1:])
+    assert not is_there(unit, [row | {"seed": 1} for row in rows])
+    assert not is_there(freezeasguard.Unit("1", 2, ("freeze",), ("full",), share=0.1), rows)
+
+
+@pytest.mark.parametrize(("kind", "style"), [("garment", "neon"), ("logo", "sketch")])
+def test_what_a_caption_says_is_true_of_its_picture(bench: Any, kind: str, style: str) -> None:
+    from diffward.models.mini import world
+
+    said_of, readable = bench("guard_cases").said_of, bench("guard_cases").READABLE[kind]
+    said = 0
+    for i in range(40):
+        drawing = world.sample([5, i], domain=kind, style=style)
+        wishes = said_of(kind, drawing.caption)
+        own = {name: drawing.attributes[name] for name in readable}
+        assert {k: v for k, v in wishes.items() if k != "domain"}.items() <= own.items()
+        said += len(wishes) - 1
+    assert said > 20

@@ -23,11 +23,12 @@ SCHEDULE: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "steps_offset": 1,
 }
+WIDTH = (96, 160)  # channels of the two levels
 _DROP_CAPTION = 0.1  # for classifier-free guidance
 _SNR_GAMMA = 5.0  # min-SNR weighting (Hang et al. 2023): converges faster
 
 
-def new_unet(width: tuple[int, int] = (96, 160)) -> UNet2DConditionModel:
+def new_unet(width: tuple[int, int] = WIDTH) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=LATENT_CHANNELS,
@@ -127,10 +128,17 @@ def train_diffusion(
     batch: int,
     device: str = "cpu",
     prediction_type: str = "epsilon",
+    width: tuple[int, int] = WIDTH,
+    start: tuple[UNet2DConditionModel, CLIPTextModel] | None = None,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Train `repeat` rounds of `steps`, or resume; returns the averaged UNet and text encoder."""
+    """Train `repeat` rounds of `steps`, or resume; returns the averaged UNet and text encoder.
+
+    Args:
+        start: what to go on from, in place of new networks of that `width`.
+    """
     torch.manual_seed(seed)
-    unet, text_encoder = new_unet().to(device), new_text_encoder(tokenizer).to(device)
+    unet, text_encoder = start or (new_unet(width), new_text_encoder(tokenizer))
+    unet, text_encoder = unet.to(device).train(), text_encoder.to(device).train()
     scheduler = DDPMScheduler(**SCHEDULE, prediction_type=prediction_type)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(

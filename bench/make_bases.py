@@ -1,0 +1,76 @@
+"""Other bases than `mini` itself, made of its world, its autoencoder and its words: whether a finding is `mini`'s alone.
+
+`python -m bench.make_bases NAME`, NAME one of `BASES`; resumable; half an hour on one core each.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench._claim import claimed
+
+FOLDER = Path("runs/bases")
+SEED, PICTURES, BATCH = 1, 32_000, 32  # pictures that `mini` was not trained on
+
+
+@dataclass(frozen=True)
+class Base:
+    """How a base differs from `mini`, and how long it is trained.
+
+    Attributes:
+        width: channels of the two levels.
+        warm: whether it goes on from `mini`'s weights.
+    """
+
+    prediction: str
+    width: tuple[int, int]
+    warm: bool
+    steps: int
+
+
+BASES = {
+    "v-prediction": Base("v_prediction", (96, 160), True, 3_000),
+    "narrow": Base("epsilon", (64, 112), False, 7_000),
+}
+
+
+def built(name: str) -> Path:
+    """The diffusers folder of a base; trained if it is not there.
+
+    Raises:
+        KeyError: no such base.
+    """
+    wanted, folder = BASES[name], FOLDER / name
+    with claimed(folder, wait=True):
+        if not folder.exists():
+            print(f"build {name}")
+            _build(wanted, folder)
+    return folder
+
+
+def _build(wanted: Base, folder: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from diffward.models.mini import PIPELINE
+    from diffward.models.mini.build import save_pipeline
+    from diffward.models.mini.diffusion import encode_world, train_diffusion
+
+    pipe = StableDiffusionPipeline.from_pretrained(PIPELINE, safety_checker=None)
+    with claimed(FOLDER / "latents", wait=True):
+        latents, tokens = encode_world(
+            pipe.vae, pipe.tokenizer, SEED, PICTURES, FOLDER / "latents.pt"
+        )
+    work = FOLDER / f"{folder.name}-training"
+    work.mkdir(exist_ok=True)
+    unet, text_encoder = train_diffusion(
+        latents, tokens, pipe.tokenizer, work, SEED, steps=wanted.steps, batch=BATCH,
+        prediction_type=wanted.prediction, width=wanted.width,
+        start=(pipe.unet, pipe.text_encoder) if wanted.warm else None,
+    )  # fmt: skip
+    save_pipeline(pipe.vae, unet, text_encoder, pipe.tokenizer, wanted.prediction, folder)
+
+
+if __name__ == "__main__":
+    print(built(sys.argv[1]))
