@@ -12,7 +12,7 @@ from pathlib import Path
 from bench._claim import claimed
 
 FOLDER = Path("runs/bases")
-SEED, PICTURES, BATCH = 1, 32_000, 32  # pictures that `mini` was not trained on
+SEED, PICTURES, BATCH = 1, 32_000, 16  # pictures that `mini` was not trained on
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Base:
 
 
 BASES = {
-    "v-prediction": Base("v_prediction", (96, 160), True, 3_000),
-    "narrow": Base("epsilon", (64, 112), False, 7_000),
+    "v-prediction": Base("v_prediction", (96, 160), True, 2_500),
+    "narrow": Base("epsilon", (64, 112), False, 5_500),
 }
 
 

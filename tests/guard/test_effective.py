@@ -114,15 +114,58 @@ def test_no_gradient_of_a_matrix_is_kept(made: Any) -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
+def step_of(optimizer: Any, name: str, gradient: Tensor) -> Tensor:
+    """What the optimizer adds at rate 1; the gradient stays as it is."""
+    step = torch.zeros_like(gradient)
+    optimizer.move(name, step, gradient.clone(), 1.0)
+    return step
+
+
 @pytest.mark.parametrize("name", ["adamw", "factored", "sgd"])
 def test_vectors_move_together_as_each_would_alone(name: str) -> None:
     torch.manual_seed(5)
     sizes, alone, together = [3, 1, 7], make_optimizer(name), make_optimizer(name)
     for _ in range(4):
         gradients = [torch.randn(n) * 10.0**-i for i, n in enumerate(sizes)]
-        truth = [alone.change(str(i), g) for i, g in enumerate(gradients)]
-        found = together.change("all", torch.cat(gradients), sizes)
+        rates = [0.5, 2.0, 0.1]
+        truth = [
+            r * step_of(alone, str(i), g)
+            for i, (r, g) in enumerate(zip(rates, gradients, strict=True))
+        ]
+        found, rate = torch.zeros(11), torch.tensor(rates).repeat_interleave(torch.tensor(sizes))
+        together.move("all", found, torch.cat(gradients), rate, sizes)
         assert torch.allclose(found, torch.cat(truth), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "factored", "sgd"])
+@pytest.mark.parametrize("shape", [(6,), (5, 4), (3, 2, 2, 2)])
+def test_a_rate_for_every_entry_is_a_rate_where_all_are_alike(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(6)
+    one, many = make_optimizer(name), make_optimizer(name)
+    here, there = torch.ones(shape), torch.ones(shape)
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        one.move("w", here, gradient.clone(), 0.3)
+        many.move("w", there, gradient.clone(), torch.full(shape, 0.3))
+    assert torch.allclose(here, there, atol=1e-6) and not torch.equal(here, torch.ones(shape))
+
+
+def test_factored_moments_follow_their_definition() -> None:
+    """Shazeer & Stern 2018, algorithm 4 without momentum, in double precision and entry by entry."""
+    torch.manual_seed(7)
+    optimizer, beta = Factored(), 0.999
+    row, column = torch.zeros(4, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    for n in range(1, 5):
+        gradient = torch.randn(4, 6) * torch.rand(4, 6) ** 3
+        g = gradient.double()
+        row = beta * row + (1 - beta) * (g**2).mean(1)
+        column = beta * column + (1 - beta) * (g**2).mean(0)
+        second = torch.outer(row, column) / row.mean() / (1 - beta**n)
+        step = g / second.sqrt()
+        step = step / max(1.0, float((step**2).mean().sqrt()))
+        assert torch.allclose(step_of(optimizer, "w", gradient).double(), -step, rtol=1e-4)
 
 
 def test_adamw_is_torchs(made: Any) -> None:
@@ -137,7 +180,7 @@ def test_adamw_is_torchs(made: Any) -> None:
         with torch.no_grad():
             for name, p in ours.named_parameters():
                 assert p.grad is not None
-                p.add_(own.change(name, p.grad), alpha=1e-2)
+                own.move(name, p, p.grad, 1e-2)
         optimizer.step()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(mine, other, atol=1e-6)
@@ -146,7 +189,7 @@ def test_adamw_is_torchs(made: Any) -> None:
 def test_factored_moments_are_exact_where_the_square_is_of_rank_one() -> None:
     row, column = torch.rand(6) + 0.5, torch.rand(4) + 0.5
     gradient = torch.outer(row, column) * torch.randint(0, 2, (6, 4)).mul(2).sub(1)
-    assert torch.allclose(Factored().change("w", gradient), -gradient.sign(), atol=1e-4)
+    assert torch.allclose(step_of(Factored(), "w", gradient), -gradient.sign(), atol=1e-4)
 
 
 def test_factored_steps_are_as_long_as_adams_and_no_longer() -> None:
@@ -154,7 +197,7 @@ def test_factored_steps_are_as_long_as_adams_and_no_longer() -> None:
     for shape in ((9, 5), (7,), (4, 3, 3, 3)):
         optimizer = Factored()
         for _ in range(5):
-            step = optimizer.change("w", torch.randn(shape) * torch.rand(shape) ** 4 * 1e-3)
+            step = step_of(optimizer, "w", torch.randn(shape) * torch.rand(shape) ** 4 * 1e-3)
         assert step.shape == shape
         assert 0.4 < float(step.square().mean().sqrt()) <= 1 + 1e-5
 
@@ -165,11 +208,11 @@ def test_an_optimizer_goes_on_where_it_was(name: str) -> None:
     gradients = [torch.randn(3, 4) for _ in range(6)]
     whole, first, second = (make_optimizer(name) for _ in range(3))
     for g in gradients[:3]:
-        whole.change("w", g)
-        first.change("w", g)
+        step_of(whole, "w", g)
+        step_of(first, "w", g)
     second.load(copy.deepcopy(first.state()))
     for g in gradients[3:]:
-        assert torch.equal(whole.change("w", g), second.change("w", g))
+        assert torch.equal(step_of(whole, "w", g), step_of(second, "w", g))
 
 
 def learned(net: Net, base: Any, tuned: Any, losses: Any, share: float) -> Tensor:

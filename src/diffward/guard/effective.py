@@ -72,7 +72,7 @@ class Effective:
     def backward(self, loss: Tensor, *, move: bool = True) -> Tensor:
         """s (N,): s_i = <theta_pre_i - theta_ft_i, dL/dtheta_i> = dL/dm_i; and the user's step if `move`.
 
-        The user's step is D = lr (1 - m) u, u the optimizer's change; theta_ft and theta move by D and
+        The user's step is D = lr (1 - m) u, u the optimizer's unit step; theta_ft and theta move by D and
         (1 - m) D (eqs. 9, 10, 12).
         """
         self.moving = move
@@ -92,7 +92,7 @@ class Effective:
             base, tuned, m = self.base[name], self.tuned[name], self._m[name]
             self._products[name] = torch.dot((base - tuned).flatten(), gradient.flatten())
             if self.moving:
-                tuned.add_(self.user.change(name, gradient), alpha=self.lr * (1 - m))
+                self.user.move(name, tuned, gradient, self.lr * (1 - m))
                 torch.lerp(tuned, base, m, out=parameter.data)
 
         return hook
@@ -114,8 +114,8 @@ class Effective:
         if self.moving:
             m = torch.tensor([self._m[name] for name in vectors.sizes], device=tuned.device)
             m = m.to(tuned.dtype).repeat_interleave(vectors.lengths)
-            change = self.user.change(_VECTORS, gradient, list(vectors.sizes.values()))
-            tuned.addcmul_(change, 1 - m, value=self.lr)
+            rate = self.lr * (1 - m)
+            self.user.move(_VECTORS, tuned, gradient, rate, list(vectors.sizes.values()))
             torch._foreach_copy_(own, list(vectors.parts(torch.lerp(tuned, base, m)).values()))
 
 
