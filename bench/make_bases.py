@@ -31,8 +31,8 @@ class Base:
 
 
 BASES = {
-    "v-prediction": Base("v_prediction", (96, 160), True, 2_500),
-    "narrow": Base("epsilon", (64, 112), False, 5_500),
+    "v-prediction": Base("v_prediction", (96, 160), True, 2_000),
+    "narrow": Base("epsilon", (64, 112), False, 3_500),
 }
 
 
