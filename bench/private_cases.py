@@ -116,6 +116,10 @@ def _weights(method: str, weights: tuple[float, ...]) -> Iterator[Recipe]:
 PAPER: dict[str, Any] = {"privacy": Privacy(paper=True)}
 # Keys and values of the cross-attention alone: the caption's words learn, the drawing does not.
 TEXT: dict[str, Any] = {"targets": "text", "lr": 2e-3}
+# The words alone learn, from teachers that drew on everything; settings chosen on other people (see docs/private.md).
+TAUGHT: dict[str, Any] = {
+    **TEXT, "schedule": "cosine", "privacy": Privacy(teacher_targets="all", teacher_lr=1e-3),
+}  # fmt: skip
 FULL: dict[str, Any] = {"tune": "full", "lr": 1e-4}
 
 # Luo et al. 2025, Table 1 and Table 2, and what is to improve on it.
@@ -124,6 +128,7 @@ MAIN = (
     Recipe("plain", "text", TEXT, at=(12.0, 24.0)),
     Recipe("smp"),
     Recipe("plain", "text", TEXT, at=(40.0,)),
+    Recipe("distill", "text, teachers on all layers", TAUGHT, at=(60.0,)),
 )
 OTHERS = (
     Recipe("hinge"),

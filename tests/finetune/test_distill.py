@@ -61,9 +61,19 @@ def test_the_jobs_hold_the_other_folds(tiny_denoiser, features, monkeypatch):
         assert torch.equal(job.latents, wanted)
 
 
-def test_the_loss_is_the_distance_to_the_teacher_that_never_saw_it(tiny_denoiser, features):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        QUICK,
+        replace(QUICK, targets="text", privacy=Privacy(teacher_targets="all", teacher_lr=3e-2)),
+    ],
+    ids=["as the student", "more than the student"],
+)
+def test_the_loss_is_the_distance_to_the_teacher_that_never_saw_it(
+    tiny_denoiser, features, settings
+):
     denoiser = tiny_denoiser()
-    method = prepared(denoiser, features)
+    method = prepared(denoiser, features, settings)
     rows = torch.tensor([0, 3, 5, 1])
     generator = torch.Generator().manual_seed(4)
     t = torch.randint(1000, (4,), generator=generator)
@@ -115,6 +125,34 @@ def test_the_teachers_are_the_best_that_were_seen(tiny_denoiser, features, monke
                     )  # fmt: skip
         truth = float(torch.stack(errors).mean())
         assert min(best.losses[number].values()) == pytest.approx(truth, rel=1e-4)
+
+
+def test_teachers_may_adapt_more_than_the_student(tiny_denoiser, features):
+    settings = replace(
+        QUICK, targets="text", privacy=Privacy(teacher_targets="all", teacher_lr=3e-2)
+    )
+    denoiser = tiny_denoiser()
+    before = {name: value.clone() for name, value in denoiser.unet.state_dict().items()}
+    method = prepared(denoiser, features, settings)
+    own = set(denoiser.trainable_adapter.weights().modules)
+    assert all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in own)
+    assert own < set(method.teachers[0].modules)
+    denoiser.detach()
+    after = denoiser.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    done = train(tiny_denoiser(), features, Distill(), settings)
+    assert set(done.weights.modules) == own
+    same = train(tiny_denoiser(), features, Distill(), replace(settings, privacy=Privacy()))
+    assert any(
+        not torch.equal(m.tensors["up"], same.weights.modules[n].tensors["up"])
+        for n, m in done.weights.modules.items()
+    )
+    with pytest.raises(InputError, match="no module"):
+        nothing = replace(settings, privacy=Privacy(teacher_targets="nothing"))
+        train(tiny_denoiser(), features, Distill(), nothing)
+    with pytest.raises(InputError, match="teacher-lr"):
+        Privacy(teacher_lr=0.0)
 
 
 @pytest.mark.parametrize("when", ["teachers", "student"])

@@ -26,6 +26,10 @@ class Privacy:
     """dual: the attacker's AUC to stay below"""
     folds: int = 2
     """distill: parts of the pictures, each answered by a teacher that never saw it"""
+    teacher_targets: str = ""
+    """distill: what the teachers adapt, as --targets; without it the same"""
+    teacher_lr: float | None = None
+    """distill: the teachers' learning rate; without it the same"""
 
     def __post_init__(self) -> None:
         if self.weight is not None and not 0 <= self.weight < 1e6:
@@ -38,6 +42,8 @@ class Privacy:
             raise InputError(f"--privacy.every {self.every}: must be at least 1")
         if self.folds < 2:
             raise InputError(f"--privacy.folds {self.folds}: must be at least 2")
+        if self.teacher_lr is not None and not 0 < self.teacher_lr < 1e9:
+            raise InputError(f"--privacy.teacher-lr {self.teacher_lr}: must be above 0")
         if not 0.5 <= self.target_auc < 1:
             raise InputError(f"--privacy.target-auc {self.target_auc}: must be in [0.5, 1)")
 

@@ -40,6 +40,8 @@ def train_teachers(
         own = replace(
             settings, seed=settings.seed + 1 + number, track="none", sample_every=0, sample_prompts=[],
             batch=settings.batch * settings.accumulate, accumulate=1,
+            targets=settings.privacy.teacher_targets or settings.targets,
+            lr=settings.privacy.teacher_lr or settings.lr,
         )  # fmt: skip
         jobs.append(Job(features.of(inside), own, [order.count(row) for row in inside]))
     longest = max(job.steps for job in jobs)

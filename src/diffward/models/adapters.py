@@ -204,7 +204,10 @@ class PeftAdapter:
             parameter.data = parameter.data.float()
 
     def layers(self) -> dict[str, Any]:
-        """PEFT's LoRA layers by canonical name (`unet.….to_q`)."""
+        """PEFT's LoRA layers by canonical name (`unet.….to_q`); those that only an added LoRA has are left out."""
+        return {name: m for name, m in self._every_layer().items() if "default" in m.lora_A}
+
+    def _every_layer(self) -> dict[str, Any]:
         from peft.tuners.lora import LoraLayer
 
         return {
@@ -245,7 +248,7 @@ class PeftAdapter:
             layer.lora_B["default"].weight.copy_(weights.modules[name].tensors["up"])
 
     def add(self, name: str, weights: LoraWeights) -> None:
-        """Put another LoRA on the same modules, frozen and resting until `using` asks for it."""
+        """Put another LoRA beside this one, frozen and resting until `using` asks for it; its modules are its own."""
         from peft import LoraConfig, inject_adapter_in_model
 
         modules = weights.modules
@@ -258,19 +261,21 @@ class PeftAdapter:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT wonders at a second adapter: it is meant
                 inject_adapter_in_model(config, component, adapter_name=name)
-        for path, layer in self.layers().items():
+        every = self._every_layer()
+        for path, module in modules.items():
+            layer = every[path]
             for factor, role in ((layer.lora_A[name], "down"), (layer.lora_B[name], "up")):
-                factor.weight.data.copy_(modules[path].tensors[role])
+                factor.weight.data.copy_(module.tensors[role])
                 factor.weight.requires_grad_(False)
         self.use("default")
 
     def use(self, name: str) -> None:
         """Let the LoRA `name` act, in place of the one that did."""
-        for layer in self.layers().values():
-            # PEFT's own switch would also freeze and unfreeze the factors.
+        for layer in self._every_layer().values():
+            # PEFT's own switch would also freeze and unfreeze the factors. A layer without that LoRA is the base's.
             layer._active_adapter = [name]
-            layer.lora_A["default"].weight.requires_grad_(True)
-            layer.lora_B["default"].weight.requires_grad_(True)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
 
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -282,15 +287,15 @@ class PeftAdapter:
             self.use("default")
 
     def enable(self, on: bool) -> None:
-        for layer in self.layers().values():
+        for layer in self._every_layer().values():
             layer.enable_adapters(on)
-            # PEFT freezes what it disables; whether a factor trains is not the switch's business.
-            for factor in (layer.lora_A, layer.lora_B):
-                factor["default"].weight.requires_grad_(True)
+        # PEFT freezes what it disables; whether a factor trains is not the switch's business.
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
         self.enabled = on
 
     def remove(self) -> None:
-        for name, layer in self.layers().items():
+        for name, layer in self._every_layer().items():
             prefix, path = name.split(".", 1)
             parent_path, _, leaf = path.rpartition(".")
             parent = self._components[prefix].get_submodule(parent_path)
