@@ -158,10 +158,11 @@ class Bench:
             TrainingError: such a run failed before.
         """
         failed = _read(self.work / f"{case.training}.failed.json")
-        if failed and failed["settings"] == _plain(case.settings):
+        if failed and _filled(failed["settings"]) == _plain(case.settings):
             raise TrainingError(failed["error"])
         told = _read(self.file(case, "run.json"))
-        return bool(told and told["settings"] == _plain(case.settings) and self.file(case).exists())
+        same = told and _filled(told["settings"]) == _plain(case.settings)
+        return bool(same and self.file(case).exists())
 
     def is_measured(self, case: Case) -> bool:
         """Whether audit and utility are there, of the weights that are there."""
@@ -315,6 +316,19 @@ def write_unet(denoiser: Denoiser, file: Path) -> None:
 def _plain(settings: Any) -> Any:
     """Settings as they are when read back from JSON."""
     return json.loads(json.dumps(asdict(settings)))
+
+
+def _filled(told: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a kept run; those that came later stand at their defaults."""
+    from diffward.finetune.settings import Settings
+
+    def fill(defaults: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        return defaults | {
+            k: fill(defaults[k], v) if isinstance(v, dict) and k in defaults else v
+            for k, v in own.items()
+        }
+
+    return fill(_plain(Settings()), told)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
