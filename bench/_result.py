@@ -59,10 +59,7 @@ def with_recorded(
     Args:
         key: the columns that tell rows apart, `seed` among them.
     """
-    file = RESULTS / f"{name}.json"
-    if not file.exists():
-        return [dict(row) for row in rows]
-    told = json.loads(file.read_text(encoding="utf-8"))
+    told = _recorded(name)
 
     def about(row: Mapping[str, Any], without: str = "") -> tuple[Any, ...]:
         return tuple(row.get(column) for column in key if column != without)
@@ -76,6 +73,18 @@ def with_recorded(
         if about(row) not in new and not (row.get("seed") == "all" and about(row, "seed") in changed)
     ]  # fmt: skip
     return [*kept, *(dict(row) for row in rows)]
+
+
+def recorded_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of the recorded table; none where there is no table."""
+    return list(_recorded(name)["rows"])
+
+
+def _recorded(name: str) -> dict[str, Any]:
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        return {"commit": None, "rows": []}
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _alike(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float = 1e-3) -> bool:

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench._claim import claimed
+from diffward.errors import InputError
+from diffward.files import write_json
 
 FOLDER = Path("runs/bases")
 SEED, PICTURES, BATCH = 1, 32_000, 16  # pictures that `mini` was not trained on
@@ -41,9 +44,18 @@ def built(name: str) -> Path:
 
     Raises:
         KeyError: no such base.
+        InputError: what lies there was made with other settings.
     """
     wanted, folder = BASES[name], FOLDER / name
+    told = {**asdict(wanted), "seed": SEED, "pictures": PICTURES, "batch": BATCH}
+    told = json.loads(json.dumps(told))
     with claimed(folder, wait=True):
+        kept = FOLDER / f"{name}.json"
+        if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != told:
+            raise InputError(
+                f"{folder}: is made, or begun, with other settings; delete it and its training"
+            )
+        write_json(kept, told)
         if not folder.exists():
             print(f"build {name}")
             _build(wanted, folder)
@@ -51,16 +63,19 @@ def built(name: str) -> Path:
 
 
 def _build(wanted: Base, folder: Path) -> None:
+    import torch
     from diffusers import StableDiffusionPipeline
 
     from diffward.models.mini import PIPELINE
     from diffward.models.mini.build import save_pipeline
     from diffward.models.mini.diffusion import encode_world, train_diffusion
 
-    pipe = StableDiffusionPipeline.from_pretrained(PIPELINE, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        PIPELINE, safety_checker=None, torch_dtype=torch.float32
+    )
     with claimed(FOLDER / "latents", wait=True):
         latents, tokens = encode_world(
-            pipe.vae, pipe.tokenizer, SEED, PICTURES, FOLDER / "latents.pt"
+            pipe.vae, pipe.tokenizer, SEED, PICTURES, FOLDER / f"latents-{SEED}-{PICTURES}.pt"
         )
     work = FOLDER / f"{folder.name}-training"
     work.mkdir(exist_ok=True)

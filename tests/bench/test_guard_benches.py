@@ -218,6 +218,24 @@ def test_of_the_rows_over_seeds_those_with_more_of_them_stay(bench: Any) -> None
     assert most_seeds([again], [five]) == [again]
 
 
+def test_a_mean_whose_seeds_came_out_otherwise_is_known(bench: Any) -> None:
+    freezeasguard = bench("freezeasguard")
+
+    def row(method: str, seed: int, match: float) -> dict[str, Any]:
+        return {"table": "1", "method": method, "attacker": "full", "rho": 0.3, "subjects": 5, "base": "mini",
+                "innocent": "neon garments", "seed": seed, "steps": 100, "illegal": {"identity_match": match}}  # fmt: skip
+
+    recorded = [row("freeze", 1, 0.9), row("freeze", 2, 0.8), row("random", 1, 1.0)]
+    now = [
+        row("freeze", 1, 0.9),
+        row("freeze", 2, 0.7),
+        row("random", 1, 1.0),
+        row("random", 3, 0.5),
+    ]
+    assert freezeasguard.came_otherwise(now, recorded) == {("freeze", "full")}
+    assert freezeasguard.came_otherwise(recorded, recorded) == set()
+
+
 def test_contrasts_come_from_the_hits_that_rows_carry(bench: Any) -> None:
     def row(method: str, seed: int, hits: str) -> dict[str, Any]:
         return {"table": "1", "method": method, "attacker": "full", "seed": seed, "hits": [hits, hits],

@@ -12,7 +12,7 @@ from diffward.finetune import METHODS, Settings, train
 from diffward.finetune import teachers as module
 from diffward.finetune.distill import Distill, folds_of
 from diffward.finetune.method import Batch, Run
-from diffward.finetune.settings import Privacy
+from diffward.finetune.settings import Privacy, identity_of
 from tests.finetune.stops import stop_at
 from tests.finetune.test_loop import equal, result
 
@@ -45,17 +45,19 @@ def prepared(denoiser, features, settings=QUICK, folder=None, groups=None):
 def test_the_jobs_hold_the_other_folds(tiny_denoiser, features, monkeypatch):
     from diffward.finetune import many
 
-    seen = []
+    seen, told = [], []
     original = many.train_many
 
     def spy(denoiser, jobs, **options):
         seen.extend(job.features for job in jobs)
+        told.extend(job.settings for job in jobs)
         return original(denoiser, jobs, **options)
 
     monkeypatch.setattr(many, "train_many", spy)
     settings = replace(QUICK, privacy=Privacy(folds=3))
     method = prepared(tiny_denoiser(), features, settings)
     assert len(seen) == 3
+    assert all((one.targets, one.lr) == ("all", 1e-2) for one in told)
     for number, job in enumerate(seen):
         wanted = features.latents[method.fold != number]
         assert torch.equal(job.latents, wanted)
@@ -148,11 +150,36 @@ def test_teachers_may_adapt_more_than_the_student(tiny_denoiser, features):
         not torch.equal(m.tensors["up"], same.weights.modules[n].tensors["up"])
         for n, m in done.weights.modules.items()
     )
-    with pytest.raises(InputError, match="no module"):
+    with pytest.raises(InputError, match="teacher-targets nothing: no module"):
         nothing = replace(settings, privacy=Privacy(teacher_targets="nothing"))
         train(tiny_denoiser(), features, Distill(), nothing)
     with pytest.raises(InputError, match="teacher-lr"):
         Privacy(teacher_lr=0.0)
+
+
+def test_the_teachers_own_targets_and_rate_reach_them(tiny_denoiser, features, monkeypatch):
+    from diffward.finetune import many
+
+    told = []
+    original = many.train_many
+
+    def spy(denoiser, jobs, **options):
+        told.extend(job.settings for job in jobs)
+        return original(denoiser, jobs, **options)
+
+    monkeypatch.setattr(many, "train_many", spy)
+    privacy = Privacy(teacher_targets="attention", teacher_lr=3e-2)
+    prepared(tiny_denoiser(), features, replace(QUICK, targets="text", privacy=privacy))
+    assert [(one.targets, one.lr) for one in told] == [("attention", 3e-2)] * 2
+
+
+def test_a_run_from_before_the_teachers_options_is_still_itself():
+    """What checkpoints and folders of shadows compare, and the hash of the teachers' file."""
+    plain, taught = Settings(), Settings(privacy=Privacy(teacher_targets="all", teacher_lr=1e-3))
+    assert not {"teacher_targets", "teacher_lr"} & identity_of(plain)["privacy"].keys()
+    assert identity_of(taught)["privacy"]["teacher_targets"] == "all"
+    assert identity_of(taught)["privacy"]["teacher_lr"] == 1e-3
+    assert "teacher" not in repr(plain)
 
 
 @pytest.mark.parametrize("when", ["teachers", "student"])

@@ -192,6 +192,14 @@ def test_factored_moments_are_exact_where_the_square_is_of_rank_one() -> None:
     assert torch.allclose(step_of(Factored(), "w", gradient), -gradient.sign(), atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e-7, 1e-8])
+def test_small_gradients_are_held_back_as_adams_are(size: float) -> None:
+    signs = torch.randint(0, 2, (6, 4), generator=torch.Generator().manual_seed(3)) * 2.0 - 1
+    ours, adams = (step_of(one, "w", size * signs) for one in (Factored(), AdamW()))
+    assert torch.equal(ours.sign(), adams.sign())
+    assert torch.allclose(ours, adams, atol=0.25)
+
+
 def test_factored_steps_are_as_long_as_adams_and_no_longer() -> None:
     torch.manual_seed(1)
     for shape in ((9, 5), (7,), (4, 3, 3, 3)):

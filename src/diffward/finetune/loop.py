@@ -20,7 +20,7 @@ from diffward.finetune.gauge import Reading, Watch
 from diffward.finetune.lion import Lion
 from diffward.finetune.method import Auxiliary, Method, Run
 from diffward.finetune.sampler import Sampler, seed_of
-from diffward.finetune.settings import Settings
+from diffward.finetune.settings import Settings, identity_of
 from diffward.models.parameters import hashes, parameters_of, tensor_hash
 from diffward.progress import progress
 
@@ -308,10 +308,8 @@ def _fingerprint(
     frozen: Collection[str] = (),
 ) -> dict[str, Any]:
     """What must not change between a run and its resumption."""
-    from dataclasses import asdict
-
     told: dict[str, Any] = {}
-    for key, value in asdict(settings).items():
+    for key, value in identity_of(settings).items():
         if key not in ("checkpoint_every", "sample_every", "sample_prompts", "track"):
             told |= (
                 {f"{key}.{k}": v for k, v in value.items()}

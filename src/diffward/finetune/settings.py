@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from diffward.errors import InputError
 from diffward.models.adapters import TARGETS
@@ -26,9 +27,9 @@ class Privacy:
     """dual: the attacker's AUC to stay below"""
     folds: int = 2
     """distill: parts of the pictures, each answered by a teacher that never saw it"""
-    teacher_targets: str = ""
+    teacher_targets: str = field(default="", repr=False)
     """distill: what the teachers adapt, as --targets; without it the same"""
-    teacher_lr: float | None = None
+    teacher_lr: float | None = field(default=None, repr=False)
     """distill: the teachers' learning rate; without it the same"""
 
     def __post_init__(self) -> None:
@@ -213,3 +214,19 @@ class Settings:
             return self.lr
         done = (step - self.warmup) / max(1, steps - self.warmup)
         return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+# Options of `privacy` that came after runs were kept.
+_LATER = {"teacher_targets": "", "teacher_lr": None}
+
+
+def identity_of(settings: Settings) -> dict[str, Any]:
+    """The settings as a dictionary, as what is kept of a run has them.
+
+    Options that came later are left out while they stand at their default, so that a run from before is still itself.
+    """
+    told = asdict(settings)
+    for name, default in _LATER.items():
+        if told["privacy"][name] == default:
+            del told["privacy"][name]
+    return told

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffward.errors import InputError
 from diffward.files import atomic_path
 from diffward.finetune.settings import Settings
 from diffward.models.pairs import Pairs
@@ -48,9 +49,14 @@ def train_teachers(
     told = f"{denoiser.unet_identity}{features.digest()}{[job.settings for job in jobs]}{fold.tolist()}{order}"
     best = _Best(denoiser, features, held, longest, folder and folder / "teachers-best.pt", told)
     if not best.done:
-        train_many(
-            denoiser, jobs, checkpoint=folder and folder / "teachers.pt", at_once=count, on_step=best.after_step
-        )  # fmt: skip
+        try:
+            train_many(
+                denoiser, jobs, checkpoint=folder and folder / "teachers.pt", at_once=count, on_step=best.after_step
+            )  # fmt: skip
+        except InputError as error:
+            if wanted := settings.privacy.teacher_targets:
+                raise InputError(f"--privacy.teacher-targets {wanted}: {error}") from error
+            raise
         best.finish()
     return best.weights(jobs[0].settings.alpha)
 

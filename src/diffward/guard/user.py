@@ -108,12 +108,12 @@ class Factored(_Moments):
             return
         matrix = gradient.reshape(len(gradient), -1)
         square = matrix * matrix
-        row, column = self._of(name, [square[:, 0], square[0]])
+        column, row = self._of(name, [square[0], square[:, 0]])
         for kept, axis in ((row, 1), (column, 0)):
             weight = (1 - self.beta2) / square.shape[axis]
             kept.mul_(self.beta2).add_(square.sum(axis), alpha=weight)
-        # second_ij = row_i column_j / mean(row); least is to a second moment what eps is to its root.
-        least = self.eps**2
+        # second_ij = row_i column_j / mean(row); least is to a moment, not yet divided by `left`, what eps is to its root.
+        least = self.eps**2 * left
         by_row, by_column = (kept.add(least).rsqrt_() for kept in (row, column))
         scale = (left * (float(row.sum()) / len(row) + least)) ** 0.5
         step = torch.mul(matrix, by_row[:, None], out=square).mul_(by_column)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from diffward.errors import InputError
 from diffward.files import write_json
-from diffward.finetune.settings import Settings
+from diffward.finetune.settings import Settings, identity_of
 from diffward.membership.bank import OFF, ON, Pairs, build_bank
 from diffward.membership.live import picture_key
 from diffward.membership.shadow_gains import LEAST, Shadows, halves, leave_one_out, role_swapped
@@ -166,7 +166,9 @@ def _fingerprint(
         "halves": sha256(inside[:LEAST, order].tobytes()).hexdigest(),
         "method": type(method).__name__ if method else "plain",
         "seed": seed,
-        **{k: v for k, v in asdict(settings).items() if k not in _NOT_TRAINING and k != "seed"},
+        **{
+            k: v for k, v in identity_of(settings).items() if k not in _NOT_TRAINING and k != "seed"
+        },
         "start": settings.seed,
     }
 

@@ -186,6 +186,7 @@ class PeftAdapter:
         self.rank, self.alpha = rank, alpha
         self.touched = set(components)
         self._components = dict(components)
+        self._found: dict[str, Any] = {}
         for prefix, component in self._components.items():
             wanted = list(targets) if prefix == "unet" else list(TEXT_TARGETS)
             left_out = list(exclude) if prefix == "unet" and exclude else None
@@ -210,12 +211,14 @@ class PeftAdapter:
     def _every_layer(self) -> dict[str, Any]:
         from peft.tuners.lora import LoraLayer
 
-        return {
-            f"{prefix}.{name}": module
-            for prefix, component in self._components.items()
-            for name, module in component.named_modules()
-            if isinstance(module, LoraLayer)
-        }
+        if not self._found:  # a walk over all modules, and `use` comes several times a step
+            self._found = {
+                f"{prefix}.{name}": module
+                for prefix, component in self._components.items()
+                for name, module in component.named_modules()
+                if isinstance(module, LoraLayer)
+            }
+        return self._found
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable factors, A and B of each layer in turn."""
@@ -261,6 +264,7 @@ class PeftAdapter:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT wonders at a second adapter: it is meant
                 inject_adapter_in_model(config, component, adapter_name=name)
+        self._found = {}
         every = self._every_layer()
         for path, module in modules.items():
             layer = every[path]
@@ -300,6 +304,7 @@ class PeftAdapter:
             parent_path, _, leaf = path.rpartition(".")
             parent = self._components[prefix].get_submodule(parent_path)
             setattr(parent, leaf, layer.base_layer)
+        self._found = {}
         for component in self._components.values():
             if hasattr(component, "peft_config"):
                 del component.peft_config
