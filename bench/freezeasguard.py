@@ -121,14 +121,15 @@ def units() -> Iterator[Unit]:
     for seed in SEEDS[1:3]:
         yield Unit("1", seed, EDITS)
         yield Unit("1", seed, MAIN, LORAS)
-    for seed in SEEDS[:3]:
-        yield Unit("1", seed, MAIN, ("dreambooth",))
+    for guards in (("random", "freeze"), EDITS):
+        for seed in SEEDS[:3]:
+            yield Unit("1", seed, guards, ("dreambooth",))
     yield Unit("1, longer", SEEDS[0], ("random", "freeze"), steps=300)
     yield Unit("1", SEEDS[0], ("blocks", "fisher", "first-order", "magnitude"))
     for seed in SEEDS[3:]:
         yield Unit("1", seed, EDITS)
-        yield Unit("1", seed, MAIN, LORAS)
-        yield Unit("1", seed, MAIN, ("dreambooth",))
+        for attackers in (LORAS, ("dreambooth",)):
+            yield Unit("1", seed, MAIN, attackers)
 
 
 def run(quick: bool = False) -> None:

@@ -50,7 +50,7 @@ NOTES = (
     "commit: of the table that a row was first told in, where it was not measured anew",
     "effective_weight: w in L - w CE, whose gradient the objective has but for a common factor: lambda for mp, the "
     "mean of lambda L / (1 + lambda CE) over the run for smp",
-    "cost rows: processor time of a whole optimizer step against a plain one, rounds in turns in one process, medians; step_ratio "
+    "cost rows: processor time (with a commit: wall time) of a whole optimizer step against a plain one, rounds in turns in one process, medians; step_ratio "
     "and memory_ratio (peak of a process of its own that trains, the teachers of distill included) to plain; "
     "total_ratio: processor time of a whole run above, with gauge and teachers, to that of plain on the same layers "
     "with as many passes, mean over the runs",
