@@ -38,17 +38,8 @@ SHARES = (0.01, 0.1, 0.8, 0.2, 0.05, 0.4)
 MAIN = ("random", "freeze", "uce", "imma", "freeze+uce")
 EDITS = ("uce", "imma", "freeze+uce")
 LORAS = ("lora", "lora-kept", "unfreeze")
-KEY = (
-    "table",
-    "method",
-    "attacker",
-    "rho",
-    "subjects",
-    "base",
-    "innocent",
-    "seed",
-    "steps",
-)  # what tells rows apart
+# What tells rows apart.
+KEY = ("table", "method", "attacker", "rho", "subjects", "base", "innocent", "seed", "steps")
 OVER_SEEDS = "1, over seeds"
 NOTES = (
     "illegal: an attacker adapts to one person alone (two people a seed, 16 pictures, 100 steps of 8, AdamW 1e-3, "
@@ -67,6 +58,7 @@ NOTES = (
     "hits: of each picture drawn of either person, whether it is recognised (1) or not (0)",
     "base: narrow is two thirds as wide as mini, trained from another seed on other pictures; v-prediction goes on from "
     "mini's weights (bench.make_bases)",
+    "commit: of the table that a row was first told in, where it was not measured anew",
     "fid is left out: fewer pictures than features",
 )
 
@@ -156,13 +148,8 @@ def write(bench: Bench, quick: bool, work: bool = True) -> None:
             if row["table"] == OVER_SEEDS and (row["method"], row["attacker"]) not in stale
         ]  # fmt: skip
         done = [unit for unit in bench.units if is_there(unit, rows)]
-    each = list(
-        {
-            tuple(row.get(column) for column in KEY): row
-            for row in rows
-            if row["table"] != OVER_SEEDS
-        }.values()
-    )
+    # Units share the rows without a guard.
+    each = list({_key(row): row for row in rows if row["table"] != OVER_SEEDS}.values())
     missing = [unit.name for unit in bench.units if unit not in done]
     record("freezeasguard", [*most_seeds(contrasts(each), over), *each], seeds=SEEDS, quick=quick, notes=[
         *NOTES, *([f"not measured: {', '.join(missing)}"] if missing else []),
@@ -177,6 +164,10 @@ def is_there(unit: Unit, rows: Sequence[dict[str, Any]]) -> bool:
     return all((guard, attacker) in told for guard in unit.guards for attacker in unit.attackers)
 
 
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(column) for column in KEY)
+
+
 def _about(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(column) for column in ("table", "subjects", "base", "innocent", "seed"))
 
@@ -185,10 +176,10 @@ def came_otherwise(
     rows: Sequence[dict[str, Any]], recorded: Sequence[dict[str, Any]]
 ) -> set[tuple[str, str]]:
     """Guards and attackers of Table 1 that some seed was measured of again, and found otherwise than recorded."""
-    now = {tuple(row.get(column) for column in KEY): row for row in rows}
+    now = {_key(row): row for row in rows}
     return {
         (old["method"], old["attacker"]) for old in recorded
-        if old["table"] == "1" and (new := now.get(tuple(old.get(column) for column in KEY)))
+        if old["table"] == "1" and (new := now.get(_key(old)))
         and abs(new["illegal"]["identity_match"] - old["illegal"]["identity_match"]) > 1e-3
     }  # fmt: skip
 

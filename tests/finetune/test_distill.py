@@ -42,25 +42,30 @@ def prepared(denoiser, features, settings=QUICK, folder=None, groups=None):
     return method
 
 
-def test_the_jobs_hold_the_other_folds(tiny_denoiser, features, monkeypatch):
+@pytest.fixture
+def jobs(monkeypatch):
+    """The teachers' jobs, as they are handed to `train_many`."""
     from diffward.finetune import many
 
-    seen, told = [], []
+    seen = []
     original = many.train_many
 
     def spy(denoiser, jobs, **options):
-        seen.extend(job.features for job in jobs)
-        told.extend(job.settings for job in jobs)
+        seen.extend(jobs)
         return original(denoiser, jobs, **options)
 
     monkeypatch.setattr(many, "train_many", spy)
+    return seen
+
+
+def test_the_jobs_hold_the_other_folds(tiny_denoiser, features, jobs):
     settings = replace(QUICK, privacy=Privacy(folds=3))
     method = prepared(tiny_denoiser(), features, settings)
-    assert len(seen) == 3
-    assert all((one.targets, one.lr) == ("all", 1e-2) for one in told)
-    for number, job in enumerate(seen):
+    assert len(jobs) == 3
+    assert all((job.settings.targets, job.settings.lr) == ("all", 1e-2) for job in jobs)
+    for number, job in enumerate(jobs):
         wanted = features.latents[method.fold != number]
-        assert torch.equal(job.latents, wanted)
+        assert torch.equal(job.features.latents, wanted)
 
 
 @pytest.mark.parametrize(
@@ -157,20 +162,10 @@ def test_teachers_may_adapt_more_than_the_student(tiny_denoiser, features):
         Privacy(teacher_lr=0.0)
 
 
-def test_the_teachers_own_targets_and_rate_reach_them(tiny_denoiser, features, monkeypatch):
-    from diffward.finetune import many
-
-    told = []
-    original = many.train_many
-
-    def spy(denoiser, jobs, **options):
-        told.extend(job.settings for job in jobs)
-        return original(denoiser, jobs, **options)
-
-    monkeypatch.setattr(many, "train_many", spy)
+def test_the_teachers_own_targets_and_rate_reach_them(tiny_denoiser, features, jobs):
     privacy = Privacy(teacher_targets="attention", teacher_lr=3e-2)
     prepared(tiny_denoiser(), features, replace(QUICK, targets="text", privacy=privacy))
-    assert [(one.targets, one.lr) for one in told] == [("attention", 3e-2)] * 2
+    assert [(job.settings.targets, job.settings.lr) for job in jobs] == [("attention", 3e-2)] * 2
 
 
 def test_a_run_from_before_the_teachers_options_is_still_itself():

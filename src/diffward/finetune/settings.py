@@ -27,6 +27,7 @@ class Privacy:
     """dual: the attacker's AUC to stay below"""
     folds: int = 2
     """distill: parts of the pictures, each answered by a teacher that never saw it"""
+    # Not in the repr: the file of finished teachers hashes it, and `targets` and `lr` of a teacher tell these two.
     teacher_targets: str = field(default="", repr=False)
     """distill: what the teachers adapt, as --targets; without it the same"""
     teacher_lr: float | None = field(default=None, repr=False)
