@@ -129,21 +129,23 @@ MAIN = (
     Recipe("smp"),
     Recipe("plain", "text", TEXT, at=(40.0,)),
 )
-OTHERS = (
+DEFENCES = (
     Recipe("hinge"),
     Recipe("dp", "epsilon 8", {"dp": DP(epsilon=8.0)}),
     Recipe("mp"),
     Recipe("distill", "text", TEXT, at=(20.0,)),
+    Recipe("moment"),
+    Recipe("dual"),
+    Recipe("earlystop"),
+    Recipe("distill"),
+)
+VARIANTS = (
     Recipe("distill", "text, teachers on all layers", TAUGHT, at=(60.0,)),
     Recipe("hinge", "text", TEXT, at=(24.0,)),
     Recipe("hinge", "weight 0.3", {"privacy": Privacy(weight=0.3)}),
     Recipe("dp", "text, epsilon 8", {**TEXT, "dp": DP(epsilon=8.0)}),
-    Recipe("moment"),
-    Recipe("dual"),
-    Recipe("earlystop"),
     Recipe("smp", "as in the paper", PAPER),
     Recipe("mp", "as in the paper", PAPER),
-    Recipe("distill"),
 )
 # Real photographs.
 PHOTOGRAPHS = (
@@ -164,9 +166,9 @@ EXTRA = (
 
 SHARES = (
     Share(PEOPLE, MAIN, SEEDS),
-    Share(PEOPLE, OTHERS[:4]),
+    Share(PEOPLE, DEFENCES, SEEDS),
     Share(CLOTHING, PHOTOGRAPHS),
-    Share(PEOPLE, OTHERS[4:]),
+    Share(PEOPLE, VARIANTS),
     Share(PEOPLE, SWEEP),
     Share(PEOPLE, EXTRA),
 )
