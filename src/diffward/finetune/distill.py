@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 class Distill(Method):
     """Learn each picture from a teacher that never saw it: L_i = ||prediction - teacher_{fold(i)}||^2."""
 
+    options = frozenset({"privacy.folds", "privacy.teacher_targets", "privacy.teacher_lr"})
+
     def precede(
         self, denoiser: Denoiser, features: Features, settings: Settings, order: list[int], folder: Path | None,
         groups: Sequence[int] | None,

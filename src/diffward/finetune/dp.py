@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from diffward.finetune.accounting import plan, rounded_up
 from diffward.finetune.method import METHODS, Batch, Method, Run
 from diffward.finetune.per_sample import PerSample
 from diffward.finetune.secret import Secret
+from diffward.finetune.settings import DP
 
 if TYPE_CHECKING:
     from diffward.models.denoiser import Denoiser
@@ -39,6 +41,7 @@ class DPSGD(Method):
     """
 
     own_clipping: ClassVar[bool] = True
+    options = frozenset(f"dp.{field.name}" for field in fields(DP))
     _factors: PerSample | None = None
 
     def start(self, run: Run) -> None:

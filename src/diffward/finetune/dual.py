@@ -29,6 +29,7 @@ class Dual(Private):
     """
 
     needs_gauge = True
+    options = Private.options | {"privacy.target_auc"}
     default_weight = 0.05
 
     def start(self, run: Run) -> None:

@@ -23,6 +23,7 @@ class EarlyStop(Plain):
     """
 
     needs_gauge = True
+    options = frozenset({"gauge.patience"})
 
     def start(self, run: Run) -> None:
         self.patience = run.settings.gauge.patience

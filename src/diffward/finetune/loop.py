@@ -18,7 +18,7 @@ from diffward.finetune.checkpoint import Checkpoint
 from diffward.finetune.finite import check_finite
 from diffward.finetune.gauge import Reading, Watch
 from diffward.finetune.lion import Lion
-from diffward.finetune.method import Auxiliary, Method, Run
+from diffward.finetune.method import METHODS, Auxiliary, Method, Run, name_of
 from diffward.finetune.sampler import Sampler, seed_of
 from diffward.finetune.settings import Settings, identity_of
 from diffward.models.parameters import hashes, parameters_of, tensor_hash
@@ -88,6 +88,7 @@ def train(
         row for row, times in zip(range(len(features)), repeats, strict=True) for _ in range(times)
     ]
     total = settings.total_steps(len(order))
+    _check_options(method, settings)
     _check_method(method, settings, auxiliary, prior)
     told = _fingerprint(
         settings, features, denoiser, method, order, total, auxiliary, prior, frozen
@@ -219,17 +220,33 @@ class _Steps:
         self.method.after_step(step)
 
 
+def _check_options(method: Method, settings: Settings) -> None:
+    """Refuse what the method would not look at: who gives `--dp.epsilon` must not believe in a bound that is none."""
+    given = {
+        f"{group}.{name}": value for group in ("privacy", "dp") for name, value in vars(getattr(settings, group)).items()
+    } | {"gauge.patience": settings.gauge.patience}  # fmt: skip
+    usual = Settings()
+    for option, value in given.items():
+        group, name = option.split(".")
+        if option not in method.options and value != getattr(getattr(usual, group), name):
+            able = [known.name for known in METHODS if option in known.obj.options]
+            raise InputError(
+                f"--{option.replace('_', '-')} {value}: method {name_of(method)} does not look at it; leave it out, or "
+                f"use {' or '.join(able)}"
+            )
+
+
 def _check_method(
     method: Method, settings: Settings, auxiliary: Auxiliary | None, prior: Features | None
 ) -> None:
     if (method.needs_auxiliary or method.needs_gauge) and auxiliary is None:
         raise InputError(
-            f"method {type(method).__name__.lower()} compares members with pictures that do not train; hold "
+            f"method {name_of(method)} compares members with pictures that do not train; hold "
             "some out with --holdout, or give others with --holdout-data"
         )
     if method.own_clipping and prior is not None:
         raise InputError(
-            f"method {type(method).__name__.lower()} bounds the gradient of each picture: leave the class pictures out"
+            f"method {name_of(method)} bounds the gradient of each picture: leave the class pictures out"
         )
     if method.needs_auxiliary and settings.text_encoder and settings.drop_caption:
         raise InputError("--text-encoder with --drop-caption: not with this method; leave one out")

@@ -95,11 +95,14 @@ class Method:
         needs_auxiliary: whether it compares members with pictures that do not train.
         needs_gauge: whether it wants readings of the gauge.
         own_clipping: whether it bounds the gradient itself, so that the loop must not.
+        options: of the settings that are not every method's (`privacy`, `dp`, `gauge.patience`), those it reads;
+            a run that is given another one is refused.
     """
 
     needs_auxiliary: ClassVar[bool] = False
     needs_gauge: ClassVar[bool] = False
     own_clipping: ClassVar[bool] = False
+    options: ClassVar[frozenset[str]] = frozenset()
 
     def precede(
         self, denoiser: Denoiser, features: Features, settings: Settings, order: list[int], folder: Path | None,
@@ -166,3 +169,8 @@ class Method:
 
 
 METHODS: Registry[type[Method]] = Registry("method")
+
+
+def name_of(method: Method) -> str:
+    """What a method is registered as."""
+    return next((m.name for m in METHODS if m.obj is type(method)), type(method).__name__.lower())

@@ -48,6 +48,7 @@ class Moment(Method):
     """
 
     needs_auxiliary = True
+    options = frozenset({"privacy.weight", "privacy.share", "privacy.every"})
     default_weight = 1.0
 
     def start(self, run: Run) -> None:

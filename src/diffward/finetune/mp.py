@@ -28,6 +28,7 @@ class MP(Private):
     A run that runs away (the attacker's cross-entropy or the loss itself) ends with an error.
     """
 
+    options = Private.options | {"privacy.paper"}
     default_weight = 0.02
     paper_weight = 0.05
 

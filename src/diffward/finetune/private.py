@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffward.errors import InputError
 from diffward.finetune.method import Auxiliary, Batch, Method, Run
 from diffward.finetune.sampler import Sampler, seed_of
 
@@ -45,6 +44,7 @@ class Private(Method):
     """
 
     needs_auxiliary = True
+    options = frozenset({"privacy.weight", "privacy.attacker_lr", "privacy.share", "privacy.every"})
     default_weight: ClassVar[float]
     paper_weight: ClassVar[float | None] = None
 
@@ -53,13 +53,8 @@ class Private(Method):
         from diffward.finetune.paper import PaperOpponent
 
         options = run.settings.privacy
-        self.paper, default = options.paper, self.default_weight
-        if self.paper:
-            if self.paper_weight is None:
-                raise InputError(
-                    f"--privacy.paper: method {type(self).__name__.lower()} is not the paper's; use mp or smp"
-                )
-            default = self.paper_weight
+        self.paper = options.paper
+        default = (self.paper and self.paper_weight) or self.default_weight
         self.weight = default if options.weight is None else options.weight
         self.now = (0, 0)
         run.keep_reference()

@@ -23,6 +23,7 @@ class SMP(Private):
     mode the ratio is that of the batch's means.
     """
 
+    options = Private.options | {"privacy.paper"}
     default_weight = 0.1
     paper_weight = 0.05
 

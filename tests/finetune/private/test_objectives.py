@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from diffward.errors import InputError
 from diffward.finetune import train
 from diffward.finetune.gauge import Reading
 from diffward.finetune.method import Batch
@@ -280,9 +279,3 @@ def test_paper_mode_is_the_equation(tiny_denoiser, features, auxiliary, name, si
     assert loss.shape == (size,)
     torch.testing.assert_close(loss.mean(), truth, atol=1e-7, rtol=1e-6)
     torch.testing.assert_close(flat(loss.mean(), run), flat(truth, run), atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["hinge", "dual"])
-def test_paper_mode_is_the_papers_alone(tiny_denoiser, features, auxiliary, name):
-    with pytest.raises(InputError, match=f"method {name} is not the paper's; use mp or smp"):
-        started(tiny_denoiser(), features, auxiliary, name, paper=True)

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from diffward.errors import InputError, TrainingError
-from diffward.finetune import opponent, train
+from diffward.finetune import METHODS, opponent, train
 from diffward.finetune.method import Auxiliary, Run
 from diffward.finetune.sampler import Sampler
-from diffward.finetune.settings import Privacy
+from diffward.finetune.settings import DP, GaugeOptions, Privacy
 from diffward.models.features import Features
 from tests.finetune.private.helpers import (
     ATTACKED,
@@ -279,3 +279,29 @@ def test_half_precision(tiny_denoiser, features, auxiliary):
         )
         assert all(torch.isfinite(p).all() for p in result(denoiser))
         assert all(math.isfinite(loss) for loss in outcome.losses)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("plain", {"dp": DP(epsilon=8.0)}, "--dp.epsilon 8.0: method plain does not .* use dp"),
+        ("smp", {"dp": DP(noise=1.0)}, "--dp.noise 1.0: method smp does not .* use dp"),
+        ("smp", {"privacy": Privacy(folds=3)}, "--privacy.folds 3: method smp .* use distill"),
+        ("hinge", {"privacy": Privacy(paper=True)}, "--privacy.paper True: .* use mp or smp"),
+        ("dual", {"privacy": Privacy(paper=True)}, "--privacy.paper True: .* use mp or smp"),
+        ("dp", {"privacy": Privacy(weight=1.0)}, "--privacy.weight 1.0: method dp does not look at it"),
+        ("moment", {"privacy": Privacy(attacker_lr=1.0)}, "--privacy.attacker-lr 1.0: method moment"),
+        ("plain", {"gauge": GaugeOptions(patience=2)}, "--gauge.patience 2: .* use earlystop"),
+    ],
+)  # fmt: skip
+def test_no_option_is_given_in_vain(tiny_denoiser, features, auxiliary, name, given, says):
+    with pytest.raises(InputError, match=f"^{says}"):
+        train(tiny_denoiser(), features, make(name), replace(QUICK, **given), auxiliary=auxiliary)
+
+
+def test_every_private_option_has_a_method():
+    every = {
+        f"{group}.{field}" for group in ("privacy", "dp") for field in vars(getattr(QUICK, group))
+    }
+    read = frozenset().union(*(entry.obj.options for entry in METHODS))
+    assert read == every | {"gauge.patience"}
