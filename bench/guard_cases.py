@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 WORK = Path("runs/bench-freezeasguard")
 POOL = 5200  # seed of the people and things; what was tried out beforehand has another
 RHO = 0.3
+INTERVAL = GuardSettings.interval
 ATTACKED = 2  # subjects that an attacker adapts to, each alone
 PUBLISHER, ATTACKER, HELD_OUT = 12, 16, 24  # portraits of each person
 THINGS = 64  # pictures of the innocent domain for either of the three
@@ -59,7 +60,7 @@ class Sizes:
 
 
 QUICK = Sizes(
-    portraits=(4, 4, 4), things=8, tune=40, updates=3, attack=3, drawn=3, drawn_things=4, draw_steps=2,
+    portraits=(4, 4, 4), things=8, tune=80, updates=3, attack=3, drawn=3, drawn_things=4, draw_steps=2,
     imma=ImmaOptions(variant="full", steps=2, batch=2, inner_lr=1e-3, outer_lr=1e-4),
 )  # fmt: skip
 
@@ -185,12 +186,13 @@ class Learned:
     def mask(
         self, place: World, method: str = "freeze", *, seed: int | None = None,
         kind: tuple[str, str] | None = None, edit: bool = False, paper: bool = False,
-        weight: float = 1.0,
+        weight: float = 1.0, interval: int = INTERVAL,
     ) -> FreezeMask:  # fmt: skip
         """Learned and kept; with `edit`, of the base after `uce`; with `paper`, by the published update.
 
         Args:
             weight: lambda of the illegal domain, that of the innocent one being 1.
+            interval: steps of the user between two updates of the mask; the user makes as many with any.
         """
         told = [method, self.base, f"{place.subjects}", place.innocent, f"s{place.seed}"]
         told += [f"again{seed}"] if seed is not None else []
@@ -198,6 +200,7 @@ class Learned:
         told += ["after-uce"] if edit else []
         told += ["as-published"] if paper else []
         told += [f"weight{weight:g}"] if weight != 1 else []
+        told += [f"every{interval}"] if interval != INTERVAL else []
         folder = self.work / "learned" / "-".join(told).replace(" ", "-")
         file = folder / "mask.json"
         with claimed(folder, wait=True):
@@ -205,7 +208,10 @@ class Learned:
                 print(f"learn {folder.name}")
                 with self.edited(self.uce(place) if edit else {}):
                     subject = self.subject(place, folder, seed, kind)
-                    subject.settings = replace(subject.settings, illegal_weight=weight)
+                    subject.settings = replace(
+                        subject.settings, illegal_weight=weight, interval=interval,
+                        updates=max(1, self.sizes.updates * INTERVAL // interval),
+                    )  # fmt: skip
                     if paper:
                         assert len(
                             subject.tuned
