@@ -110,3 +110,51 @@ def test_the_effective_weight_is_that_of_the_gradient(bench: Any, name: str) -> 
     ce = torch.tensor([0.4, 1.5], requires_grad=True)
     of_loss, of_ce = torch.autograd.grad(method.objective(loss, ce).sum(), [loss, ce])
     assert pressure.effective == pytest.approx(float((-of_ce / of_loss).mean()), rel=1e-4)
+
+
+def test_a_written_unet_is_the_one_that_was_trained(
+    bench: Any, tiny_denoiser: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    denoiser = tiny_denoiser()
+    bench("private_lora").write_unet(denoiser, tmp_path / "new" / "unet.safetensors")
+    found, own = load_file(tmp_path / "new" / "unet.safetensors"), denoiser.unet.state_dict()
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], value) for name, value in own.items())
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["unet.safetensors"]
+
+
+def test_the_curve_shows_means_where_there_are_any(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: list[tuple[Any, Any]] = []
+    plot = Axes.plot
+
+    def spy(self: Axes, x: Any, y: Any, *rest: Any, **more: Any) -> Any:
+        drawn.append((x, y))
+        return plot(self, x, y, *rest, **more)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    rows = bench("private_rows")
+
+    def row(method: str, seed: Any, auc: float, passes: float = 40.0) -> dict[str, Any]:
+        return {
+            "dataset": "mini people", "method": method, "settings": "rank 8", "seed": seed, "exposure": passes,
+            "worst_auc": auc, "gain_kept": 1.0 - auc, "identity_match": 0.0,
+        }  # fmt: skip
+
+    single = [row("plain", 0, 0.9), row("plain", 0, 0.7, 5.0), row("smp", 0, 0.8)]
+    means = [row("plain", "all", 0.95), row("plain", "all", 0.6, 5.0)]
+    rows.draw_curve([*single, *means, {"method": "smp", "base": "sd15"}], tmp_path / "curve.png")
+    assert drawn[0] == ([0.6, 0.95], pytest.approx([0.4, 0.05]))  # by passes, the means alone
+    assert all(x != 0.8 for x, _ in drawn)
+    drawn.clear()
+    rows.draw_curve(single, tmp_path / "single.png")
+    assert drawn[0][0] == [0.7, 0.9]
+    assert (0.8, pytest.approx(0.2)) in drawn
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["curve.png", "single.png"]
+    rows.draw_curve([row("smp", 0, 0.8)], tmp_path / "none.png")  # nothing to stand above
+    assert not (tmp_path / "none.png").exists()

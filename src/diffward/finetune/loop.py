@@ -88,7 +88,7 @@ def train(
         row for row, times in zip(range(len(features)), repeats, strict=True) for _ in range(times)
     ]
     total = settings.total_steps(len(order))
-    _check_options(method, settings)
+    check_options(method, settings)
     _check_method(method, settings, auxiliary, prior)
     told = _fingerprint(
         settings, features, denoiser, method, order, total, auxiliary, prior, frozen
@@ -220,8 +220,12 @@ class _Steps:
         self.method.after_step(step)
 
 
-def _check_options(method: Method, settings: Settings) -> None:
-    """Refuse what the method would not look at: who gives `--dp.epsilon` must not believe in a bound that is none."""
+def check_options(method: Method, settings: Settings) -> None:
+    """Refuse what the method would not look at: who gives `--dp.epsilon` must not believe in a bound that is none.
+
+    Raises:
+        InputError: names the option, and the methods that it is for.
+    """
     given = {
         f"{group}.{name}": value for group in ("privacy", "dp") for name, value in vars(getattr(settings, group)).items()
     } | {"gauge.patience": settings.gauge.patience}  # fmt: skip

@@ -12,7 +12,7 @@ from diffward.data import Manifest, Pictures, near_duplicate_groups, random_spli
 from diffward.errors import InputError
 from diffward.files import write_json
 from diffward.finetune.auxiliary import build_auxiliary, mark_auxiliary
-from diffward.finetune.loop import TrainResult, train
+from diffward.finetune.loop import TrainResult, check_options, train
 from diffward.finetune.method import METHODS
 from diffward.finetune.samples import SampleGrid
 from diffward.finetune.settings import Settings
@@ -58,7 +58,8 @@ def run_training(
     Raises:
         InputError: `out` holds another run, or there is nothing to train on.
     """
-    entry = METHODS[method]
+    instance = METHODS[method].obj()
+    check_options(instance, settings)  # before pictures are encoded for nothing
     compared = compares(method, settings)
     if compared:
         split = _compared(pictures, split, auxiliary, others, settings.seed)
@@ -87,7 +88,7 @@ def run_training(
             grid.clear()
 
     result = train(
-        denoiser, features, entry.obj(), settings, auxiliary=held,
+        denoiser, features, instance, settings, auxiliary=held,
         prior=encode_pictures(denoiser, prior, cache=cache) if prior else None,
         checkpoint=out / CHECKPOINT, repeats=repeats, groups=_groups(chosen, settings.flip),
         frozen=frozen, on_start=start, on_step=grid.after_step,
