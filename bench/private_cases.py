@@ -161,7 +161,6 @@ EXTRA = (
     *(Recipe(method, "full", FULL, rank=0) for method in ("plain", "smp", "hinge")),
     *(Recipe(method, "class pictures", prior=True) for method in ("plain", "smp")),
     *(Recipe(method, "the paper's exposure", at=(400.0,)) for method in ("plain", "smp")),
-    Recipe("distill", "text", TEXT, at=(400.0,)),
 )
 
 SHARES = (

@@ -244,7 +244,7 @@ def draw_curve(rows: Sequence[dict[str, Any]], file: Path) -> None:
             axis.annotate(f"{row['exposure']:g}", (x, y), (4, -10), textcoords="offset points", fontsize=8)  # fmt: skip
         for number, row in enumerate(others):
             name = f"{row['method']}{row['settings'].removeprefix('rank 8')}, {row['exposure']:.3g} passes"
-            colour, marker = f"C{number % 10}", "sDv^<>PX*h"[number % 10]
+            colour, marker = f"C{number % 10}", "sDv^<>PX*hpd8"[number % 13]
             axis.plot(row["worst_auc"], row[what], marker, color=colour, label=name, linestyle="")
         axis.set(xlabel="AUC of the worst attack (sign-free)", ylabel=label, xlim=(0.49, 1.01))
         if what == "identity_match":
