@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bench.private_lora import Bench
 
 FPR = "0.05"
+MARKERS = "sDv^<>PX*hpd8"  # not as many as colours, so that the pairs repeat late
 NOTES = (
     "mini people: 10 new fictional people a seed, 160 portraits that train (40 of them auxiliary), 80 auxiliary ones "
     "that do not; judged: 120 members and 120 non-members that no method compared. clothing: photographs, 200 "
@@ -244,7 +245,7 @@ def draw_curve(rows: Sequence[dict[str, Any]], file: Path) -> None:
             axis.annotate(f"{row['exposure']:g}", (x, y), (4, -10), textcoords="offset points", fontsize=8)  # fmt: skip
         for number, row in enumerate(others):
             name = f"{row['method']}{row['settings'].removeprefix('rank 8')}, {row['exposure']:.3g} passes"
-            colour, marker = f"C{number % 10}", "sDv^<>PX*hpd8"[number % 13]
+            colour, marker = f"C{number % 10}", MARKERS[number % len(MARKERS)]
             axis.plot(row["worst_auc"], row[what], marker, color=colour, label=name, linestyle="")
         axis.set(xlabel="AUC of the worst attack (sign-free)", ylabel=label, xlim=(0.49, 1.01))
         if what == "identity_match":
