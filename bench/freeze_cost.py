@@ -1,7 +1,8 @@
 """What fine-tuning under a mask costs: FreezeAsGuard's Table 3 on the architecture of SD 1.5, random weights.
 
 Each configuration is a process of its own, `python -m bench.freeze_cost train BASE RHO BY MASK`: full
-fine-tuning (AdamW, fp32) by `diffward.finetune.train` with the mask's tensors frozen. Masks:
+fine-tuning (AdamW, fp32) by `diffward.finetune.train` with the mask's tensors frozen. At small latents weights and
+moments are all of the memory; `sd15-512` is the same at 512 pixels, where activations count. Masks:
 
     random   as in the paper's table
     costly   the tensors whose training costs most (guard.cost)
@@ -36,11 +37,11 @@ if TYPE_CHECKING:
     from diffward.models.features import Features
 
 SEED, LR = 0, 1e-5
-SD15, SMALL = "sd15", "small"
+SD15, LARGE, SMALL = "sd15", "sd15-512", "small"
 OPTIMIZER = "factored"  # of the simulated user
 MASKS = "random", "costly", "early"
 WARM, STEPS = 1, 2
-LATENT, BATCH = {SD15: 16, SMALL: 8}, 2
+LATENT, BATCH = {SD15: 16, LARGE: 64, SMALL: 8}, {SD15: 2, LARGE: 1, SMALL: 2}
 LIMIT_MB = 24 * 2**30 / 1e6
 
 
@@ -62,15 +63,21 @@ CASES = (
         for mask in ("costly", "early")
     ),
 )
+AT_512 = Case(0.3), *(Case(0.3, by, mask) for by in ("tensors", "parameters") for mask in MASKS[1:])
 QUICK = tuple(Case(0.3, mask=mask) for mask in MASKS)
 
 
 def run(quick: bool = False) -> None:
     base = SMALL if quick else SD15
-    rows = [*table(base, QUICK if quick else CASES), *learning(base)]
+    rows = [
+        *table(base, QUICK if quick else CASES),
+        *([] if quick else table(LARGE, AT_512)),
+        *learning(base),
+    ]
     record("freeze-cost", rows, seeds=[SEED], quick=quick, notes=[
-        f"full fine-tuning, AdamW, fp32, one thread, batch {BATCH}, latents {LATENT[base]} x {LATENT[base]}, "
-        f"random weights; each row a process of its own, {STEPS} steps after {WARM} that is not counted",
+        f"full fine-tuning, AdamW, fp32, one thread, batch {BATCH[base]}, latents {LATENT[base]} x {LATENT[base]} "
+        f"({LARGE}: batch {BATCH[LARGE]}, {LATENT[LARGE]} x {LATENT[LARGE]}), random weights; each row a process of its own, "
+        f"{STEPS} steps after {WARM} that is not counted",
         "rho: share frozen, of what `by` says (cost: of what training all tensors costs); mask: random; costly: "
         "the tensors whose training costs most; early: the first that a forward pass uses; tensor_share, parameter_share: "
         "what is frozen",
@@ -134,9 +141,9 @@ def train_alone(base: str, case: Case) -> dict[str, float]:
     chosen = frozen_by(case, denoiser)
     names = [name for name, one in zip(own, chosen.tolist(), strict=True) if one]
     stamps: list[float] = []
-    settings = Settings(steps=WARM + STEPS, batch=BATCH, lr=LR, tune="full", seed=SEED)
+    settings = Settings(steps=WARM + STEPS, batch=BATCH[base], lr=LR, tune="full", seed=SEED)
     train(
-        denoiser, pictures_of(denoiser, 2 * BATCH), Plain(), settings, frozen=names,
+        denoiser, pictures_of(denoiser, 2 * BATCH[base]), Plain(), settings, frozen=names,
         on_step=lambda step: stamps.append(time.process_time()),
     )  # fmt: skip
     sizes = [float(p.numel()) for p in own.values()]
@@ -209,9 +216,9 @@ def learn_alone(base: str, folder: Path) -> dict[str, float]:
 
     denoiser = denoiser_of(base)
     settings = GuardSettings(
-        tune_steps=1, updates=1, interval=1, batch=BATCH, user_lr=LR, user_optimizer=OPTIMIZER, seed=SEED
+        tune_steps=1, updates=1, interval=1, batch=BATCH[base], user_lr=LR, user_optimizer=OPTIMIZER, seed=SEED
     )  # fmt: skip
-    illegal, innocent = (pictures_of(denoiser, BATCH, SEED + i) for i in (1, 2))
+    illegal, innocent = (pictures_of(denoiser, BATCH[base], SEED + i) for i in (1, 2))
     subject = Subject(denoiser, illegal, innocent, settings, folder)
     with most_private() as most:
         began = time.process_time()

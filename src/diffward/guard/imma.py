@@ -109,7 +109,7 @@ class Alternation:
                 f"base {subject.denoiser.name}: its UNet has no attention that imma knows"
             )
         self.inner, self.outer = (
-            torch.optim.AdamW(own, lr=lr, weight_decay=self.options.weight_decay, foreach=True)
+            torch.optim.AdamW(own, lr=lr, weight_decay=self.options.weight_decay, fused=True)
             for own, lr in zip(
                 (self.phi, list(self.theta.values())), self.options.rates, strict=True
             )
