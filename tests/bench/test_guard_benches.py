@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -276,3 +277,32 @@ def test_what_a_caption_says_is_true_of_its_picture(bench: Any, kind: str, style
         assert {k: v for k, v in wishes.items() if k != "domain"}.items() <= own.items()
         said += len(wishes) - 1
     assert said > 20
+
+
+# --- mask_learns: the interval ------------------------------------------------------------------
+
+
+def test_what_an_interval_changes(bench: Any) -> None:
+    learns, usual = bench("mask_learns"), bench("guard_cases").INTERVAL
+    asked = []
+
+    def mask(place: Any, *, seed: int | None = None, interval: int = usual) -> Any:
+        asked.append((seed, interval))
+        scores = torch.arange(40.0)
+        losses = {
+            "base": {"illegal": 1.0, "innocent": 2.0}, "tuned": {"illegal": 0.5, "innocent": 1.0},
+            "masked": {"illegal": 0.75, "innocent": 1.0},
+        }  # fmt: skip
+        return SimpleNamespace(
+            scores=scores if interval == usual else -scores, facts={"losses": losses}
+        )
+
+    learned = SimpleNamespace(mask=mask, sizes=bench("guard_cases").QUICK, work=Path("nowhere"))
+    same, other = learns.by_interval(learned, (usual, 1))
+    assert same["method"] == f"freeze, an update every {usual} steps"
+    assert same["like_default"] == pytest.approx(1) and other["like_default"] == pytest.approx(-1)
+    for row in (same, other):
+        assert row["seeds"] == 2 and row["top30_overlap"] == 1 and row["tensors"] == 40
+        assert row["illegal_undone"] == pytest.approx(0.5) and row["innocent_undone"] == 0
+    # The place's own seed is told as None: that is the mask which the other tables have.
+    assert set(asked) == {(seed, k) for seed in (None, 2) for k in (usual, 1)}

@@ -228,3 +228,13 @@ def test_canaries_stay_below_the_bound_of_dp(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "dp" / "run.json").read_text())["facts"]
     assert float(told["ss_privacy_epsilon"]) <= epsilon
     assert bounds["dp"] <= epsilon < bounds["memorised"]
+
+
+def test_a_vain_option_is_refused_before_class_pictures_are_drawn(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    prior = ["--prior-prompt", "a portrait", "--prior-count", "2"]
+    assert run("train", pictures, "--method", "smp", "--dp.epsilon", "8", *prior, "--out", out) == 2
+    assert "--dp.epsilon 8.0: method smp does not look at it" in capsys.readouterr().err
+    assert not out.exists()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffward.data import Manifest, load_pictures, random_split
 from diffward.errors import InputError
-from diffward.finetune import METHODS, Settings
+from diffward.finetune import METHODS, Settings, run
 from diffward.finetune.auxiliary import LEAST, build_auxiliary, mark_auxiliary
 from diffward.finetune.prior import draw_prior
 from diffward.finetune.run import WEIGHTS, run_training
@@ -165,3 +165,23 @@ def test_class_pictures_are_drawn_once(tiny_denoiser, tmp_path):
     assert again.hashes == drawn.hashes
     with pytest.raises(InputError, match="another run"):
         draw_prior(denoiser, "a dog", 3, 0, tmp_path / "prior")
+
+
+@pytest.mark.parametrize(
+    ("others", "changes", "says"),
+    [
+        (False, {"dp": DP(epsilon=8.0)}, "--dp.epsilon 8.0: method plain does not look at it"),
+        (True, {}, "--holdout-data: method plain compares with no pictures"),
+    ],
+)
+def test_what_would_go_unused_is_refused_before_the_work(
+    tiny_denoiser, folder, tmp_path, monkeypatch, others, changes, says
+):
+    pictures = load_pictures(folder)
+    monkeypatch.setattr(run, "encode_pictures", None)
+    with pytest.raises(InputError, match=f"^{says}"):
+        run_training(
+            tiny_denoiser(), pictures, "plain", replace(QUICK, **changes), tmp_path / "run",
+            others=pictures if others else None,
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()

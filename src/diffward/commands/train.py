@@ -60,7 +60,7 @@ def train(
     from diffward.errors import InputError
     from diffward.finetune.auxiliary import SHARE
     from diffward.finetune.prior import draw_prior
-    from diffward.finetune.run import WEIGHTS, compares, holdout_split, run_training
+    from diffward.finetune.run import WEIGHTS, check_method, compares, holdout_split, run_training
     from diffward.guard.artefacts import open_mask
     from diffward.models.load import load_base
 
@@ -68,6 +68,9 @@ def train(
         raise InputError("give --split or --holdout, not both")
     if prior_data and prior_prompt:
         raise InputError("give --prior-data or --prior-prompt, not both")
+    check_method(
+        method, settings, bool(holdout_data)
+    )  # before pictures are drawn or encoded for nothing
     if not (split or holdout) and compares(method, settings):
         holdout = SHARE
     if split is None and not holdout:

@@ -229,15 +229,22 @@ def check_options(method: Method, settings: Settings) -> None:
     given = {
         f"{group}.{name}": value for group in ("privacy", "dp") for name, value in vars(getattr(settings, group)).items()
     } | {"gauge.patience": settings.gauge.patience}  # fmt: skip
-    usual = Settings()
+    usual, read = Settings(), method.reads(settings)
     for option, value in given.items():
         group, name = option.split(".")
-        if option not in method.options and value != getattr(getattr(usual, group), name):
-            able = [known.name for known in METHODS if option in known.obj.options]
-            raise InputError(
-                f"--{option.replace('_', '-')} {value}: method {name_of(method)} does not look at it; leave it out, or "
-                f"use {' or '.join(able)}"
-            )
+        if option in read or value == getattr(getattr(usual, group), name):
+            continue
+        able = [known.name for known in METHODS if option in known.obj.options]
+        hint = f"use {' or '.join(able)}"
+        if name_of(method) in able:
+            hint = "drop --privacy.paper"
+        raise InputError(
+            f"--{option.replace('_', '-')} {value}: method {name_of(method)} does not look at it; leave it out, or {hint}"
+        )
+    if method.own_clipping and settings.clip != usual.clip:
+        raise InputError(
+            f"--clip {settings.clip:g}: method {name_of(method)} bounds the gradient of each picture; give --dp.clip"
+        )
 
 
 def _check_method(

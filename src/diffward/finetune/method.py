@@ -104,6 +104,10 @@ class Method:
     own_clipping: ClassVar[bool] = False
     options: ClassVar[frozenset[str]] = frozenset()
 
+    def reads(self, settings: Settings) -> frozenset[str]:
+        """Of `options`, those that a run with these settings reads."""
+        return self.options
+
     def precede(
         self, denoiser: Denoiser, features: Features, settings: Settings, order: list[int], folder: Path | None,
         groups: Sequence[int] | None,

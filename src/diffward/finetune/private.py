@@ -19,6 +19,7 @@ from diffward.finetune.method import Auxiliary, Batch, Method, Run
 from diffward.finetune.sampler import Sampler, seed_of
 
 if TYPE_CHECKING:
+    from diffward.finetune.settings import Settings
     from diffward.models.denoiser import Denoiser
     from diffward.models.features import Features
 
@@ -47,6 +48,11 @@ class Private(Method):
     options = frozenset({"privacy.weight", "privacy.attacker_lr", "privacy.share", "privacy.every"})
     default_weight: ClassVar[float]
     paper_weight: ClassVar[float | None] = None
+
+    def reads(self, settings: Settings) -> frozenset[str]:
+        # The paper's term is on the whole batch.
+        whole = settings.privacy.paper and "privacy.paper" in self.options
+        return self.options - {"privacy.share"} if whole else self.options
 
     def start(self, run: Run) -> None:
         from diffward.finetune.opponent import OwnOpponent

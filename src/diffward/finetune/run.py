@@ -59,7 +59,7 @@ def run_training(
         InputError: `out` holds another run, or there is nothing to train on.
     """
     instance = METHODS[method].obj()
-    check_options(instance, settings)  # before pictures are encoded for nothing
+    check_method(method, settings, others is not None)  # before pictures are encoded for nothing
     compared = compares(method, settings)
     if compared:
         split = _compared(pictures, split, auxiliary, others, settings.seed)
@@ -114,6 +114,22 @@ def run_training(
         },
     )
     return result
+
+
+def check_method(method: str, settings: Settings, others: bool) -> None:
+    """Refuse what such a run would not look at.
+
+    Args:
+        others: whether it is given pictures that do not train.
+
+    Raises:
+        InputError: names it.
+    """
+    check_options(METHODS[method].obj(), settings)
+    if others and not compares(method, settings):
+        raise InputError(
+            f"--holdout-data: method {method} compares with no pictures; leave it out, or give --gauge.every"
+        )
 
 
 def compares(method: str, settings: Settings) -> bool:

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from diffward.errors import InputError, TrainingError
-from diffward.finetune import METHODS, opponent, train
+from diffward.finetune import METHODS, Settings, opponent, train
+from diffward.finetune.gauge import Reading
+from diffward.finetune.loop import _trainable, check_options
 from diffward.finetune.method import Auxiliary, Run
 from diffward.finetune.sampler import Sampler
 from diffward.finetune.settings import DP, GaugeOptions, Privacy
@@ -292,6 +294,8 @@ def test_half_precision(tiny_denoiser, features, auxiliary):
         ("dp", {"privacy": Privacy(weight=1.0)}, "--privacy.weight 1.0: method dp does not look at it"),
         ("moment", {"privacy": Privacy(attacker_lr=1.0)}, "--privacy.attacker-lr 1.0: method moment"),
         ("plain", {"gauge": GaugeOptions(patience=2)}, "--gauge.patience 2: .* use earlystop"),
+        ("smp", {"privacy": Privacy(paper=True, share=0.25)}, "--privacy.share 0.25: .* drop --privacy.paper"),
+        ("dp", {"dp": DP(noise=1.0), "clip": 0.1}, "--clip 0.1: method dp .* give --dp.clip"),
     ],
 )  # fmt: skip
 def test_no_option_is_given_in_vain(tiny_denoiser, features, auxiliary, name, given, says):
@@ -305,3 +309,53 @@ def test_every_private_option_has_a_method():
     }
     read = frozenset().union(*(entry.obj.options for entry in METHODS))
     assert read == every | {"gauge.patience"}
+
+
+OTHER = {
+    "privacy": Privacy(0.3, True, 1e-3, 0.25, 2, 0.6, 3, "all", 1e-3), "dp": DP(8.0, 1e-3, 2.0, 0.5, "rdp"),
+    "gauge": GaugeOptions(patience=2),
+}  # fmt: skip
+USUAL = Settings()
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in METHODS])
+def test_its_own_options_are_taken(name):
+    """Each alone, at another value than the usual one."""
+    for option in METHODS[name].obj.options:
+        group, field = option.split(".")
+        value = getattr(OTHER[group], field)
+        usual = getattr(USUAL, group)
+        assert value != getattr(usual, field)
+        check_options(make(name), replace(USUAL, **{group: replace(usual, **{field: value})}))
+
+
+class Watched:
+    """Options that remember which of them were read."""
+
+    def __init__(self, options):
+        self.options, self.read = options, set()
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self.options, name)
+
+
+@pytest.mark.parametrize("name", [*OURS, "mp, paper", "smp, paper"])
+def test_the_options_it_names_are_those_it_reads(tiny_denoiser, features, auxiliary, name):
+    name, *paper = name.split(", ")
+    denoiser, method = tiny_denoiser(), make(name)
+    seen = Watched(Privacy(paper=bool(paper)))
+    settings = replace(QUICK)
+    settings.privacy = seen
+    run = Run(
+        denoiser, features, settings, _trainable(denoiser, settings), list(range(10)), 10, auxiliary
+    )
+    method.start(run)
+    for step in range(2):
+        method.rows(step, 0)
+        method.loss(denoiser, batch_of(features, [1, 4, 0]))
+        method.after_step(step)
+    if name == "dual":
+        method.read(Reading(1, 0.1, 0.1, 0.1, 0.5, (0.4, 0.6)))
+    told = {option.removeprefix("privacy.") for option in method.reads(settings)}
+    assert seen.read - {"paper"} == told - {"paper"}
