@@ -101,7 +101,8 @@ class World:
             ]
 
         whom = f"{self.subjects}" if who is None else f"number{who}"
-        return self._folder(f"portraits-{whom}-{part}-s{self.seed}", draw)
+        more = f"-{count}" if count > HELD_OUT else ""
+        return self._folder(f"portraits-{whom}-{part}-s{self.seed}{more}", draw)
 
     def things(self, part: int, kind: tuple[str, str] | None = None) -> Pictures:
         """Of the innocent domain, or of another kind."""
