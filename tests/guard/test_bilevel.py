@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from diffward.errors import InputError, TrainingError
-from diffward.guard import GUARDS, FreezeMask
+from diffward.finetune.sampler import generator
+from diffward.guard import GUARDS, FreezeMask, ranking
 from diffward.guard.bilevel import Simulation
 from diffward.guard.effective import Effective
 from diffward.guard.freeze import Budgeted
@@ -107,9 +108,44 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_picture(subject: Make) ->
     assert all(torch.equal(p, one.base[n]) for n, p in parameters_of(one.denoiser.unet).items())
 
 
-def test_fine_tuning_that_learns_nothing_is_no_ground_for_a_mask(subject: Make) -> None:
+@pytest.mark.parametrize("method", ["freeze", "first-order", "magnitude", "blocks"])
+def test_fine_tuning_that_learns_nothing_is_no_ground_for_a_mask(
+    subject: Make, method: str
+) -> None:
     with pytest.raises(InputError, match=r"do not lower the loss .*raise --tune-steps"):
-        learn_mask(subject(user_lr=1e-12, tune_steps=1), "freeze")
+        learn_mask(subject(user_lr=1e-12, tune_steps=1), method)
+
+
+def test_fisher_squares_each_picture_s_gradient(subject: Make) -> None:
+    """Against gradients of single draws, each by autograd alone."""
+    one = subject()
+    own = parameters_of(one.denoiser.unet)
+    sizes = torch.tensor([float(p.numel()) for p in own.values()], dtype=torch.float64)
+    found = []
+    for domain in (one.illegal, one.innocent):
+        rows = torch.arange(len(domain)).repeat(ranking.PAIRS)
+        g = generator(one.settings.seed, 0, 99)
+        t = ((torch.randperm(len(rows), generator=g) + 0.5) * 1000 / len(rows)).long()
+        eps = torch.randn((len(rows), *one.denoiser.latent_shape), generator=g)
+        one.denoiser.unet.requires_grad_(True)
+        squares = torch.zeros(len(own), dtype=torch.float64)
+        for i, row in enumerate(rows.tolist()):
+            some = [row]
+            error = one.denoiser.errors(
+                domain.latents[some], t[[i]], eps[[i]], domain.conditioning(torch.tensor(some))
+            ).mean()
+            slopes = torch.autograd.grad(error, list(own.values()), allow_unused=True)
+            squares += torch.tensor(
+                [0.0 if s is None else float((s.double() ** 2).sum()) for s in slopes]
+            )
+        found.append(squares / len(rows) / sizes)
+    one.denoiser.unet.requires_grad_(False)
+    scores = learn_mask(one, "fisher").scores
+    assert torch.allclose(scores, found[0].log() - found[1].log(), rtol=1e-4, atol=1e-4)
+    # The square of the mean gradient is another thing.
+    assert float(found[0].sum()) > 1.2 * sum(
+        float((g**2).mean()) for g in ranking._gradients(one, one.illegal).values()
+    )
 
 
 def test_the_soft_mask_uses_up_every_budget(subject: Make) -> None:

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffward.errors import InputError
 from diffward.finetune.sampler import generator
 from diffward.guard.bilevel import Bilevel, run_bilevel
-from diffward.guard.losses import DOMAINS, losses_of
-from diffward.guard.processes import shared
+from diffward.guard.losses import DOMAINS, gains
 from diffward.guard.subject import GUARDS, Found, Subject
 
 if TYPE_CHECKING:
@@ -93,20 +91,3 @@ class Budgeted(Bilevel):
 
     def load(self, state: dict[str, Any]) -> None:
         self.x, self.kept, self.updates = state["x"], state["kept"], int(state["updates"])
-
-
-def gains(subject: Subject) -> tuple[float, float]:
-    """By how much full fine-tuning lowers the loss of the illegal and of the innocent domain.
-
-    Raises:
-        InputError: it does not; then there is nothing to prevent, or nothing to keep.
-    """
-    base, tuned = losses_of(subject, {}), losses_of(subject, subject.tuned)
-    for domain in base:
-        if not tuned[domain] < base[domain]:
-            raise InputError(
-                f"--{domain}: {subject.settings.tune_steps} steps of full fine-tuning do not lower the loss "
-                f"({base[domain]:.4g} to {tuned[domain]:.4g}); raise --tune-steps or --user-lr"
-            )
-    illegal, innocent = shared(tuple(base[domain] - tuned[domain] for domain in DOMAINS))
-    return illegal, innocent

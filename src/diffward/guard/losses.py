@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffward.errors import InputError
 from diffward.finetune.finite import check_finite
+from diffward.guard.processes import shared
 from diffward.guard.subject import Subject
 from diffward.models.pairs import Pairs
 from diffward.models.parameters import put
@@ -61,3 +63,20 @@ def losses_of(subject: Subject, weights: Mapping[str, Tensor]) -> dict[str, floa
     finally:
         if weights:
             subject.restore()
+
+
+def gains(subject: Subject) -> tuple[float, float]:
+    """By how much full fine-tuning lowers the loss of the illegal and of the innocent domain.
+
+    Raises:
+        InputError: it does not; then there is nothing to prevent, or nothing to keep.
+    """
+    base, tuned = losses_of(subject, {}), losses_of(subject, subject.tuned)
+    for domain in base:
+        if not tuned[domain] < base[domain]:
+            raise InputError(
+                f"--{domain}: {subject.settings.tune_steps} steps of full fine-tuning do not lower the loss "
+                f"({base[domain]:.4g} to {tuned[domain]:.4g}); raise --tune-steps or --user-lr, with another --out"
+            )
+    illegal, innocent = shared(tuple(base[domain] - tuned[domain] for domain in DOMAINS))
+    return illegal, innocent

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from diffward.finetune.sampler import generator
-from diffward.guard.losses import each_loss, losses_of, spread
+from diffward.guard.losses import DOMAINS, each_loss, gains, losses_of, spread
 from diffward.guard.subject import GUARDS, Found, Subject
 from diffward.models.parameters import parameters_of, put
 
@@ -31,6 +34,7 @@ def random(subject: Subject) -> Found:
 def magnitude(subject: Subject) -> Found:
     """The tensors that full fine-tuning moves most, per parameter: mean |theta_ft - theta_pre|."""
     base, tuned = subject.base, subject.tuned
+    gains(subject)
     return Found(
         scores=torch.stack(
             [(tuned[n] - base[n]).abs().mean().cpu().double() for n in subject.names]
@@ -40,14 +44,14 @@ def magnitude(subject: Subject) -> Found:
 
 @GUARDS.register(
     "fisher", paper="Kirkpatrick et al. 2017 (diagonal Fisher)", access="base, pictures of both domains",
-    cost="a backward pass a batch of pictures",
+    cost="a backward pass a picture and noise draw",
 )  # fmt: skip
 def fisher(subject: Subject) -> Found:
-    """The tensors that the forbidden domain pulls at more than the allowed one: log ratio of mean g^2 at the base."""
-    ill, inn = (
-        torch.stack([(g * g).mean().cpu().double() for g in _gradients(subject, domain).values()])
-        for domain in (subject.illegal, subject.innocent)
-    )
+    """The tensors that the forbidden domain pulls at more than the allowed one: log ratio of mean g^2 at the base.
+
+    g is the gradient of one picture's loss under one noise draw.
+    """
+    ill, inn = (_squares(subject, domain) for domain in (subject.illegal, subject.innocent))
     tiny = torch.finfo(torch.float64).tiny
     return Found(scores=(ill + tiny).log() - (inn + tiny).log())
 
@@ -59,18 +63,19 @@ def fisher(subject: Subject) -> Found:
 def first_order(subject: Subject) -> Found:
     """What taking each tensor back would cost, to first order: <theta_pre - theta_ft, g>, illegal less innocent, at theta_ft."""
     base, tuned = subject.base, subject.tuned
+    gains(subject)
     put(subject.denoiser.unet, tuned)
     try:
-        gains = []
+        pulls = []
         for domain in (subject.illegal, subject.innocent):
             gradients = _gradients(subject, domain)
             found = torch.stack(
                 [((base[n] - tuned[n]) * g).sum().cpu().double() for n, g in gradients.items()]
             )
-            gains.append(found / found.abs().sum())
+            pulls.append(found / found.abs().sum())
     finally:
         subject.restore()
-    return Found(scores=(gains[0] - gains[1]) / subject.costs)
+    return Found(scores=(pulls[0] - pulls[1]) / subject.costs)
 
 
 @GUARDS.register(
@@ -84,12 +89,12 @@ def blocks(subject: Subject) -> Found:
     for name in names:
         groups.setdefault(block_of(name), []).append(name)
     cost = dict(zip(names, subject.costs.tolist(), strict=True))
-    before, whole = losses_of(subject, {}), losses_of(subject, tuned)
+    gained, whole = dict(zip(DOMAINS, gains(subject), strict=True)), losses_of(subject, tuned)
     score: dict[str, float] = {}
     for block, members in groups.items():
         taken_back = {name: (base if name in members else tuned)[name] for name in names}
         lost = losses_of(subject, taken_back)
-        share = {d: (lost[d] - whole[d]) / max(before[d] - whole[d], 1e-12) for d in lost}
+        share = {d: (lost[d] - whole[d]) / gained[d] for d in lost}
         score[block] = (share["illegal"] - share["innocent"]) / sum(cost[n] for n in members)
     return Found(scores=torch.tensor([score[block_of(n)] for n in names], dtype=torch.float64))
 
@@ -104,25 +109,59 @@ def block_of(name: str) -> str:
 
 def _gradients(subject: Subject, domain: Features) -> dict[str, Tensor]:
     """Gradient of the mean loss of some pictures of a domain, by tensor, at the weights that the UNet has."""
-    denoiser, settings = subject.denoiser, subject.settings
-    own = parameters_of(denoiser.unet)
-    count = denoiser.schedule.config.num_train_timesteps
-    rows = spread(len(domain), PICTURES).repeat(PAIRS)
-    g = generator(settings.seed, 0, 99)
-    t = ((torch.randperm(len(rows), generator=g) + 0.5) * count / len(rows)).long()
-    eps = torch.randn((len(rows), *denoiser.latent_shape), generator=g)
-    denoiser.unet.requires_grad_(True)
-    try:
-        for start in range(0, len(rows), settings.batch):
-            part = slice(start, start + settings.batch)
-            each = each_loss(
-                denoiser, domain, rows[part], t[part], eps[part], "ranking", "--user-lr"
-            )
-            (each.sum() / len(rows)).backward()
+    with _with_gradients(subject) as own:
+        for _ in _passes(subject, domain, subject.settings.batch):
+            pass
+        count = _draws(domain)
         return {
-            n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in own.items()
+            n: torch.zeros_like(p) if p.grad is None else p.grad / count for n, p in own.items()
         }
+
+
+def _squares(subject: Subject, domain: Features) -> Tensor:
+    """(N,): mean over a tensor's entries and over single pictures and draws of the squared gradient."""
+    with _with_gradients(subject) as own:
+        total = torch.zeros(len(own), dtype=torch.float64)
+        for _ in _passes(subject, domain, 1):
+            there = [i for i, p in enumerate(own.values()) if p.grad is not None]
+            norms = torch._foreach_norm([p.grad for p in own.values() if p.grad is not None])
+            total[there] += torch.stack(norms).cpu().double() ** 2
+            for p in own.values():
+                p.grad = None
+        sizes = torch.tensor([p.numel() for p in own.values()], dtype=torch.float64)
+        return total / _draws(domain) / sizes
+
+
+@contextmanager
+def _with_gradients(subject: Subject) -> Iterator[dict[str, Parameter]]:
+    """Within the block all weights of the UNet take gradients."""
+    unet = subject.denoiser.unet
+    own = parameters_of(unet)
+    unet.requires_grad_(True)
+    try:
+        yield own
     finally:
-        denoiser.unet.requires_grad_(False)
+        unet.requires_grad_(False)
         for p in own.values():
             p.grad = None
+
+
+def _draws(domain: Features) -> int:
+    """Pictures times noise draws that a ranking looks at."""
+    return min(len(domain), PICTURES) * PAIRS
+
+
+def _passes(subject: Subject, domain: Features, size: int) -> Iterator[None]:
+    """A backward pass of the summed loss of `size` draws at a time, t spread evenly over all of them."""
+    denoiser, settings = subject.denoiser, subject.settings
+    steps = denoiser.schedule.config.num_train_timesteps
+    rows = spread(len(domain), PICTURES).repeat(PAIRS)
+    g = generator(settings.seed, 0, 99)
+    t = ((torch.randperm(len(rows), generator=g) + 0.5) * steps / len(rows)).long()
+    eps = torch.randn((len(rows), *denoiser.latent_shape), generator=g)
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        each_loss(
+            denoiser, domain, rows[part], t[part], eps[part], "ranking", "--user-lr"
+        ).sum().backward()
+        yield
