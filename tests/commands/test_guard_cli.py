@@ -486,6 +486,9 @@ def test_evaluate_refuses(
     options = {str(case[i]): case[i + 1] for i in range(2, len(case), 2)}
     held, mask = Path(str(options["--illegal-held-out"])), ["--mask", learned / "mask.json"]
     other = changed_mask(learned, tmp_path / "other.json", other_values)
+    copied, again = tmp_path / "copied", tmp_path / "again" / "ann"
+    shutil.copytree(held / "ann", copied / "zoe")
+    draw(again, 2, seed=60)
     cases: list[tuple[list[object], str]] = [
         ([], "--mask or --edit is missing"), (["--mask", other], "other values"),
         ([*mask, "--subjects", "zoe"], "no pictures of zoe"),
@@ -495,6 +498,10 @@ def test_evaluate_refuses(
         ([*mask, "--eye", "glass"], "--eye glass"), ([*mask, "--attackers", "[melt]"], "unknown attacker"),
         ([*mask, "--attackers", "[dreambooth]"], "class prompt"),
         ([*mask, "--innocent-held-out", options["--innocent"]], "training pictures too"),
+        ([*mask, "--innocent", options["--illegal"]], "--illegal and --innocent share"),
+        ([*mask, "--innocent-held-out", options["--illegal"]], "--illegal and --innocent share"),
+        ([*mask, "--others", copied], "--others: 2 pictures are in --illegal"),
+        ([*mask, "--illegal", f"{held / 'ann'},{again}"], "two folders have a subject ann"),
     ]  # fmt: skip
     for more_options, said in cases:
         assert said in one_line(capsys, *case, *more_options, "--out", tmp_path / "out"), (
@@ -546,6 +553,8 @@ def everything(data: dict[str, Any]) -> None:
         (drop, "conv_in.weight"), (more, "conv_somewhere.weight"), (reshape, "8 x 4 x 1 x 1"),
         (other_values, "other values"), (nothing, "freezes nothing"), (everything, "every tensor"),
         (lambda data: data.pop("tensors"), "damaged"), (lambda data: data.update(schema="x"), "schema"),
+        (lambda data: data["tensors"]["conv_in.weight"].update(score=float("nan")), "damaged"),
+        (lambda data: data.update(budget=3), "damaged"), (lambda data: data.update(domains=["red"]), "damaged"),
     ],
 )  # fmt: skip
 def test_train_refuses_a_mask_that_is_not_this_bases(

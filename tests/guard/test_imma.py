@@ -300,3 +300,62 @@ def test_activations_recomputed_give_the_same(tiny_denoiser: Any, pictures: Any)
     subject.settings = replace(subject.settings, gradient_checkpointing=True)
     again = found(subject)
     assert all(torch.allclose(again[n], t, atol=1e-5) for n, t in plain.items())
+
+
+def _immunise(rank: int, folder: Path, port: int) -> None:
+    import torch.distributed as dist
+
+    from diffward.models.denoiser import Denoiser
+    from diffward.models.features import Features, encode_captions
+    from tests.conftest import make_pipeline
+
+    torch.set_num_threads(1)
+    if port:
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        )
+    denoiser = Denoiser(make_pipeline(), "tiny")
+    g = torch.Generator().manual_seed(3)
+    latents = torch.randn((6, *denoiser.latent_shape), generator=g) * 0.3
+    embeddings, index = encode_captions(denoiser, ["a red cup"] * 6, cache=False)
+    features = Features(latents, ["a red cup"] * 6, ["red"] * 6, embeddings, index)
+    # `batch` is what one process takes, as in training.
+    options = ImmaOptions(steps=4, rank=2, batch=2 if port else 4, checkpoint_every=2, **LR)
+    subject = Subject(
+        denoiser, features, features.of([]), GuardSettings(imma=options, seed=3), folder / f"{port > 0}-{rank}"
+    )  # fmt: skip
+    each, sizes = module.each_loss, set()
+
+    def counted(denoiser: Any, domain: Any, rows: Tensor, *rest: Any) -> Tensor:
+        sizes.add(len(rows))
+        return each(denoiser, domain, rows, *rest)
+
+    module.each_loss = counted  # a process of its own, or put back below
+    try:
+        torch.save(found(subject), folder / f"{port > 0}-{rank}.pt")
+    finally:
+        module.each_loss = each
+    assert sizes == {2 if port else 4}
+    assert (folder / f"{port > 0}-{rank}" / "imma.pt").exists() == (rank == 0)
+    if port:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_immunise_one_base(tmp_path: Path) -> None:
+    """Half of every batch each: together what one process does with batches twice as large."""
+    import socket
+
+    import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _immunise(0, tmp_path, 0)
+    mp.spawn(_immunise, (tmp_path, port), nprocs=2)
+    alone, first, second = (
+        torch.load(tmp_path / f"{name}.pt") for name in ("False-0", "True-0", "True-1")
+    )
+    for name in alone:
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name], alone[name], atol=1e-4)

@@ -61,6 +61,7 @@ def train(
     frozen: Collection[str] = (),
     on_start: Callable[[int], None] | None = None,
     on_step: Callable[[int], None] | None = None,
+    rate_option: str = "--lr",
 ) -> TrainResult:
     """Fine-tune `denoiser` in place; a LoRA stays attached to it.
 
@@ -75,6 +76,7 @@ def train(
         frozen: parameters of the UNet that stay as they are; a LoRA leaves out their modules.
         on_start: called with the step the run starts or resumes from, once the checkpoint is accepted.
         on_step: called with the number of finished steps, 0 before the first.
+        rate_option: what the learning rate is called where the run was asked for; errors name it.
 
     Raises:
         InputError: the method cannot work with these settings or pictures, or the checkpoint is another run's.
@@ -121,7 +123,7 @@ def train(
             denoiser.unet, optimizer = accelerator.prepare(denoiser.unet, optimizer)
         if settings.track != "none":
             accelerator.init_trackers("logs")
-        steps = _Steps(run, method, optimizer, accelerator, prior)
+        steps = _Steps(run, method, optimizer, accelerator, prior, rate_option)
         on_step = on_step or (lambda step: None)
         whole, done = True, start
         try:
@@ -172,14 +174,10 @@ class _Steps:
 
     def __init__(
         self, run: Run, method: Method, optimizer: torch.optim.Optimizer, accelerator: Any,
-        prior: Features | None,
+        prior: Features | None, rate_option: str,
     ) -> None:  # fmt: skip
-        self.run, self.method, self.optimizer, self.accelerator = (
-            run,
-            method,
-            optimizer,
-            accelerator,
-        )
+        self.run, self.method, self.optimizer = run, method, optimizer
+        self.accelerator, self.rate_option = accelerator, rate_option
         settings = run.settings
         place = accelerator.process_index, accelerator.num_processes
         self.draw = Sampler(run.denoiser, run.features, settings, run.order, *place)
@@ -199,7 +197,7 @@ class _Steps:
                 continue
             batch = self.draw(step, micro, rows)
             loss = self.method.loss(denoiser, batch)
-            check_finite(loss, batch.rows, self.run.features, f"step {step}", "--lr")
+            check_finite(loss, batch.rows, self.run.features, f"step {step}", self.rate_option)
             goal = loss.mean()
             if self.draw_prior:
                 other = self.draw_prior(step, micro)

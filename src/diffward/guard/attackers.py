@@ -183,6 +183,7 @@ def _train(
     train(
         denoiser, features, Plain(), run, prior=prior, frozen=list(frozen),
         on_step=lambda step: marks.append(time.perf_counter()),
+        rate_option="--attack.lr" if run.tune == "full" else "--attack.lora-lr",
     )  # fmt: skip
     every = list(denoiser.unet.parameters())
     trained = [p for p in every if p.requires_grad]

@@ -73,6 +73,7 @@ class Simulation:
         # One t in every stratum of the schedule: less noise in the readings than n free draws.
         strata = torch.randperm(len(rows), generator=g)
         t = ((strata + torch.rand(len(rows), generator=g)) * count / len(rows)).long()
+        t.clamp_(max=count - 1)  # in fp32 the sum may round up to the end
         eps = torch.randn((len(rows), *denoiser.latent_shape), generator=g)
         own, name = part(), DOMAINS[which]
         return each_loss(

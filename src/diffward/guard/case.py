@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffward.data import Pictures
 from diffward.errors import InputError
 from diffward.guard.artefacts import read_edit, read_mask
-from diffward.guard.domains import load_domain
+from diffward.guard.domains import Domains, in_both, load_domain, load_folders
 from diffward.guard.sides import Guarded, Side, random_matched
+from diffward.models.eyes import agreement_of
 from diffward.models.parameters import parameters_of
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from diffward.guard.mask import FreezeMask
     from diffward.models.denoiser import Denoiser
+    from diffward.models.eyes import Eye
 
 ALONE = "subject"  # what the only subject is called where the pictures lie in no sub-folders
 
@@ -32,6 +34,7 @@ class Case:
         others: held-out pictures of people whom nobody forbids, by name: without them any picture would look
             most like the only subject there is.
         innocent, innocent_held_out: of the allowed domain.
+        notes: what somebody who reads the result should know of them.
     """
 
     illegal: dict[str, Pictures]
@@ -39,6 +42,7 @@ class Case:
     others: dict[str, Pictures]
     innocent: Pictures
     innocent_held_out: Pictures
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def load(
@@ -55,7 +59,7 @@ class Case:
                 nobody to tell the subjects from.
         """
         training, found = (
-            _by_subject(load_domain(option, given, True, columns))
+            _by_subject(option, load_folders(option, given, True, columns))
             for option, given in (("illegal", illegal), ("illegal-held-out", illegal_held_out))
         )
         chosen = [name.strip() for name in subjects.split(",") if name.strip()] or list(training)
@@ -66,7 +70,7 @@ class Case:
                         f"--{option}: no pictures of {name}; it has {', '.join(there)}"
                     )
         known = {name: own for name, own in found.items() if name not in chosen}
-        more = _by_subject(load_domain("others", others, False, columns)) if others else {}
+        more = _by_subject("others", load_folders("others", others, False, columns))
         if both := [name for name in more if name in found]:
             raise InputError(
                 f"--others: {both[0]} is in --illegal-held-out too; rename one of the two folders"
@@ -76,26 +80,53 @@ class Case:
                 "--others is missing: give a folder with pictures of others, a sub-folder each; with only one person "
                 "to choose from, every picture would be recognised as that one"
             )
-        return cls(
+        case = cls(
             {name: training[name] for name in chosen}, {name: found[name] for name in chosen}, {**known, **more},
             load_domain("innocent", innocent, True, columns),
             load_domain("innocent-held-out", innocent_held_out, True, columns),
         )  # fmt: skip
+        case._check()
+        return case
+
+    def _check(self) -> None:
+        """The domains must not share pictures. Held-out ones that look nearly like training ones are noted: two
+        pictures of one subject may."""
+        illegal, held_out = _join(self.illegal), _join(self.held_out)
+        forbidden = Pictures([*illegal, *held_out])
+        Domains(forbidden, Pictures([*self.innocent, *self.innocent_held_out])).check()
+        if same := set(forbidden.hashes) & set(_join(self.others).hashes):
+            raise InputError(
+                f"--others: {len(same)} pictures are in --illegal or --illegal-held-out too; take them out"
+            )
+        for option, training, held in (
+            ("illegal", illegal, held_out), ("innocent", self.innocent, self.innocent_held_out),
+        ):  # fmt: skip
+            if near := in_both(held, training):
+                self.notes.append(
+                    f"{len(near)} of --{option}-held-out look nearly like pictures of --{option}: what they measure may "
+                    "be memory of those"
+                )
 
     def sides(
-        self, denoiser: Denoiser, class_prompt: str = "", innocent_class_prompt: str = "", *, cache: bool = True
+        self, denoiser: Denoiser, class_prompt: str = "", innocent_class_prompt: str = "", *, cache: bool = True,
+        eye: Eye | None = None,
     ) -> tuple[Side, Side]:  # fmt: skip
-        """Both domains, encoded; prompts are the held-out pictures' captions."""
+        """Both domains, encoded; prompts are the held-out pictures' captions.
+
+        Args:
+            eye: tells how well captions are kept, where it can.
+        """
         size = denoiser.resolution
         galleries = {n: own.pixels(size) for n, own in {**self.held_out, **self.others}.items()}
+        prompts = {name: _captions(own, name) for name, own in self.held_out.items()}
+        allowed = _captions(self.innocent_held_out, "the allowed domain")
         illegal = Side.of(
-            denoiser, _join(self.illegal), _join(self.held_out),
-            {name: _captions(own, name) for name, own in self.held_out.items()}, cache=cache, galleries=galleries,
-            class_prompt=class_prompt,
+            denoiser, _join(self.illegal), _join(self.held_out), prompts, cache=cache, galleries=galleries,
+            class_prompt=class_prompt, agreement=eye and agreement_of(eye, [c for own in prompts.values() for c in own]),
         )  # fmt: skip
         innocent = Side.of(
-            denoiser, self.innocent, self.innocent_held_out, _captions(self.innocent_held_out, "the allowed domain"),
-            cache=cache, class_prompt=innocent_class_prompt,
+            denoiser, self.innocent, self.innocent_held_out, allowed, cache=cache, class_prompt=innocent_class_prompt,
+            agreement=eye and agreement_of(eye, allowed),
         )  # fmt: skip
         return illegal, innocent
 
@@ -163,13 +194,26 @@ def mask_words(mask: FreezeMask) -> dict[str, str]:
     return told
 
 
-def _by_subject(pictures: Pictures) -> dict[str, Pictures]:
-    """Pictures by the top folder that they lie in."""
-    rows: dict[str, list[int]] = {}
-    for row, picture in enumerate(pictures):
-        top, slash, _ = picture.name.partition("/")
-        rows.setdefault(top if slash else ALONE, []).append(row)
-    return {name: pictures.at(own) for name, own in rows.items()}
+def _by_subject(option: str, folders: Sequence[tuple[str, Pictures]]) -> dict[str, Pictures]:
+    """Pictures by the top folder that they lie in; of several folders, one without sub-folders is a subject itself.
+
+    Raises:
+        InputError: two folders have a subject of one name.
+    """
+    found: dict[str, Pictures] = {}
+    for folder, pictures in folders:
+        rows: dict[str, list[int]] = {}
+        for row, picture in enumerate(pictures):
+            top, slash, _ = picture.name.partition("/")
+            alone = ALONE if len(folders) == 1 else folder
+            rows.setdefault(top if slash else alone, []).append(row)
+        for name, own in rows.items():
+            if name in found:
+                raise InputError(
+                    f"--{option}: two folders have a subject {name}; rename one of them"
+                )
+            found[name] = pictures.at(own)
+    return found
 
 
 def _join(parts: dict[str, Pictures]) -> Pictures:

@@ -31,11 +31,10 @@ class Domains:
         Raises:
             InputError: a domain that the method needs is empty, or the two share pictures.
         """
-        # What a guard is registered with says what it looks at: uce edits words, random draws lots.
-        needed = "pictures" in GUARDS[method].access
+        needed = GUARDS[method].extra["domains"]  # uce edits words, random draws lots
         found = cls(
-            load_domain("illegal", illegal, needed, columns),
-            load_domain("innocent", innocent, needed, columns),
+            load_domain("illegal", illegal, "illegal" in needed, columns),
+            load_domain("innocent", innocent, "innocent" in needed, columns),
             *names,
         )
         found.check()
@@ -43,16 +42,10 @@ class Domains:
 
     def check(self) -> None:
         """Raises `InputError` where a picture, or a copy of it, is in both: the mask could not tell them apart."""
-        count = len(self.illegal)
-        pairs = near_duplicate_pairs([*self.illegal, *self.innocent], poses=False)
-        if both := {a for a, b in pairs if a < count <= b} | self._same():
+        if both := in_both(self.illegal, self.innocent):
             raise InputError(
                 f"--illegal and --innocent share {len(both)} pictures (copies, or nearly); take them out of one of the two"
             )
-
-    def _same(self) -> set[int]:
-        others = set(self.innocent.hashes)
-        return {row for row, one in enumerate(self.illegal.hashes) if one in others}
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """Words and numbers; no file names, no captions."""
@@ -71,17 +64,37 @@ class Domains:
         }
 
 
-def load_domain(option: str, given: str, needed: bool, columns: dict[str, Any]) -> Pictures:
+def in_both(first: Pictures, second: Pictures) -> set[int]:
+    """Rows of `first` that are in `second` too, copies and near-duplicates included."""
+    count, others = len(first), set(second.hashes)
+    pairs = near_duplicate_pairs([*first, *second], poses=False)
+    same = {row for row, one in enumerate(first.hashes) if one in others}
+    return {a for a, b in pairs if a < count <= b} | same
+
+
+def load_folders(
+    option: str, given: str, needed: bool, columns: dict[str, Any]
+) -> list[tuple[str, Pictures]]:
+    """Each of the folders with commas between: its last name, and its pictures.
+
+    Raises:
+        InputError: one is missing, or none is given and one is needed.
+    """
     folders = [given] if Path(given).exists() else given.split(",")
     folders = [folder.strip() for folder in folders if folder.strip()]
     if not folders and needed:
         raise InputError(f"--{option} is missing: name a folder of pictures")
-    parts = [load_pictures(folder, **columns) for folder in folders]
+    return [(Path(folder).name, load_pictures(folder, **columns)) for folder in folders]
+
+
+def load_domain(option: str, given: str, needed: bool, columns: dict[str, Any]) -> Pictures:
+    """The pictures of all of them; of several, names begin with the folder's."""
+    parts = load_folders(option, given, needed, columns)
     if len(parts) == 1:
-        return parts[0]
+        return parts[0][1]
     return Pictures(
-        [replace(p, name=f"{Path(f).name}/{p.name}") for f, part in zip(folders, parts, strict=True) for p in part],
-        "; ".join(part.layout for part in parts),
-        [(f"{Path(f).name}/{path}", why) for f, part in zip(folders, parts, strict=True) for path, why in part.skipped],
-        [note for part in parts for note in part.notes],
+        [replace(p, name=f"{name}/{p.name}") for name, part in parts for p in part],
+        "; ".join(part.layout for _, part in parts),
+        [(f"{name}/{path}", why) for name, part in parts for path, why in part.skipped],
+        [note for _, part in parts for note in part.notes],
     )  # fmt: skip

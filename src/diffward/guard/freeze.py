@@ -10,12 +10,14 @@ from torch import Tensor
 from diffward.finetune.sampler import generator
 from diffward.guard.bilevel import Bilevel, run_bilevel
 from diffward.guard.losses import DOMAINS, gains
-from diffward.guard.subject import GUARDS, Found, Subject
+from diffward.guard.subject import BOTH, GUARDS, MASKS, TUNING, Found, Subject
 
 if TYPE_CHECKING:
     from diffward.guard.settings import GuardSettings
 
 _BUDGETS = 70  # stream of random numbers
+UPDATES = frozenset({"updates", "interval"})
+OURS = frozenset({"mask_lr", "illegal_weight", "innocent_weight"})
 _EDGE = 0.02  # the budgets' distance from none and all
 _LIMIT = 20.0  # of a reading, in units of an even share of all gains
 
@@ -24,8 +26,9 @@ _LIMIT = 20.0  # of a reading, in units of an even share of all gains
     "freeze",
     paper="Huang & Gao 2024 (arXiv 2405.17472), eqs. 2-12; budgets at random, units and attacker's optimizer are ours",
     access="base, pictures of both domains",
-    cost="full fine-tuning, then updates x interval steps",
-)
+    cost="full fine-tuning, then updates x interval steps", domains=BOTH,
+    options=MASKS | TUNING | UPDATES | {"user_optimizer", "temperature", "paper", *OURS}, not_published=OURS | {"user_optimizer"},
+)  # fmt: skip
 def freeze(subject: Subject) -> Found:
     """Learned freezing: fails in the forbidden domain, works in the allowed one (bilevel)."""
     if subject.settings.paper:

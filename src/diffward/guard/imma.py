@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from diffward.errors import InputError, TrainingError
 from diffward.finetune.checkpoint import Checkpoint
 from diffward.finetune.sampler import generator
-from diffward.guard.both import Rows
+from diffward.guard.both import Rows, part
 from diffward.guard.losses import each_loss, losses_now
+from diffward.guard.processes import average, world
 from diffward.guard.subject import GUARDS, Found, Subject
 from diffward.models.adapters import ATTENTION
 from diffward.models.parameters import parameters_of, put
@@ -40,6 +41,7 @@ _ORDER, _NOISE, _START = 23, 101, 102  # streams of random numbers
 @GUARDS.register(
     "imma", paper="Zheng & Yeh 2024 (arXiv 2311.18815), from its equations",
     access="base, pictures of the forbidden domain", cost="imma.steps training steps; full: AdamW on all weights",
+    domains=("illegal",), options=frozenset({"imma", "gradient_checkpointing"}),
 )  # fmt: skip
 def imma(subject: Subject) -> Found:
     """Immunised attention: moved so that a simulated LoRA or full fine-tuning does not learn the forbidden domain.
@@ -133,8 +135,12 @@ class Alternation:
                     f"loss {sum(losses[-50:]) / len(losses[-50:]):.4f}, base {self.base_loss:.4f}"
                 )
                 if done % options.checkpoint_every == 0 or done == options.steps:
-                    self._saved.save(done, losses)
+                    self._save(done, losses)
         return {name: p.detach().cpu().clone() for name, p in self.theta.items()}
+
+    def _save(self, done: int, losses: list[float]) -> None:
+        if not world()[1]:
+            self._saved.save(done, losses)
 
     def step(self, number: int) -> float:
         """Step `number` (from 0), the user's or the publisher's; gives the loss before it.
@@ -157,6 +163,9 @@ class Alternation:
         value = float(loss.detach())
         _check_bound(value, self.base_loss, options.limit, f"at step {number}")
         (loss if users else -loss).backward()
+        for parameter in own:
+            if parameter.grad is not None:
+                average(parameter.grad)
         if options.clip:
             torch.nn.utils.clip_grad_norm_(own, options.clip)
         optimizer.step()
@@ -164,14 +173,16 @@ class Alternation:
         return value
 
     def loss(self, number: int) -> Tensor:
-        """Mean loss of the pictures of a step, with gradient; t uniform."""
+        """Mean loss of this process's pictures of a step, with gradient; t uniform."""
         denoiser, domain = self.subject.denoiser, self.subject.illegal
         rows = self._rows(number)
         g = generator(self.subject.settings.seed, number, _NOISE)
         t = torch.randint(denoiser.schedule.config.num_train_timesteps, (len(rows),), generator=g)
         eps = torch.randn((len(rows), *denoiser.latent_shape), generator=g)
+        own = part()
         return each_loss(
-            denoiser, domain, rows, t, eps, f"step {number} of imma", "--imma.inner-lr and --imma.outer-lr"
+            denoiser, domain, rows[own], t[own], eps[own], f"step {number} of imma",
+            "--imma.inner-lr and --imma.outer-lr",
         ).mean()  # fmt: skip
 
     @torch.no_grad()
@@ -205,6 +216,7 @@ def _identity(subject: Subject) -> dict[str, Any]:
     return {
         **told, "seed": subject.settings.seed, "illegal": subject.illegal.digest(),
         "base": subject.denoiser.unet_identity, "precision": str(subject.denoiser.compute_dtype),
+        "processes": world()[0],
     }  # fmt: skip
 
 

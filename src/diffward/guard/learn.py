@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from diffward.errors import InputError
 from diffward.guard.budget import choose, share_of
 from diffward.guard.losses import losses_of
 from diffward.guard.mask import FreezeMask
+from diffward.guard.options import settings_read
 from diffward.guard.subject import GUARDS, Found, Subject
 from diffward.models.parameters import parameters_of
 
@@ -49,7 +49,7 @@ def mask_from(
             "share": subject.settings.budget, "by": subject.settings.by,
             "reached": share_of(frozen, subject.costs),
         },
-        "domains": domains or {}, "settings": {k: v for k, v in asdict(subject.settings).items() if k not in ("uce", "imma")}, "found": found.facts,
+        "domains": domains or {}, "settings": settings_read(method, subject.settings), "found": found.facts,
     }  # fmt: skip
     if "tuned" in vars(subject):
         facts["losses"] = hard_losses(subject, frozen)

@@ -6,6 +6,7 @@ A mask says nothing of the pictures: domains are described by the words of whoev
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,11 +161,12 @@ class FreezeMask:
         try:
             tensors = {
                 str(name): Entry(
-                    tuple(int(side) for side in row["shape"]), _bool(row["frozen"]), float(row["score"]),
+                    tuple(int(side) for side in row["shape"]), _bool(row["frozen"]), _finite(row["score"]),
                     {str(k): str(v) for k, v in row["sha256"].items()},
                 )
                 for name, row in data.pop("tensors").items()
             }  # fmt: skip
+            _check_facts(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: a damaged mask ({type(error).__name__}: {error})") from error
         if not any(entry.frozen for entry in tensors.values()):
@@ -220,6 +222,20 @@ def hashes_of(tensor: Tensor) -> dict[str, str]:
 
 def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "a number"
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """Raises KeyError, TypeError, ValueError or AttributeError where what pages tell of a mask is not as written."""
+    if "budget" in facts:
+        _finite(facts["budget"]["share"]), str(facts["budget"]["by"])
+    for domain in facts.get("domains", {}).values():
+        str(domain.get("name")), int(domain.get("pictures", 0))
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value} is not a finite number")
+    return number
 
 
 def _bool(value: Any) -> bool:

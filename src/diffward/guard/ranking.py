@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from diffward.finetune.sampler import generator
 from diffward.guard.losses import DOMAINS, each_loss, gains, losses_of, spread
-from diffward.guard.subject import GUARDS, Found, Subject
+from diffward.guard.subject import BOTH, GUARDS, MASKS, TUNING, Found, Subject
 from diffward.models.parameters import parameters_of, put
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 PICTURES, PAIRS = 64, 4  # of each domain, and noise draws a picture
 
 
-@GUARDS.register("random", paper="FreezeAsGuard, Table 1", access="base", cost="none")
+@GUARDS.register(
+    "random", paper="FreezeAsGuard, Table 1", access="base", cost="none", domains=(), options=MASKS
+)
 def random(subject: Subject) -> Found:
     """Random freezing: what any learned mask must beat."""
     g = torch.Generator().manual_seed(subject.settings.seed)
@@ -29,8 +31,9 @@ def random(subject: Subject) -> Found:
 
 
 @GUARDS.register(
-    "magnitude", access="base, pictures of both domains", cost="full fine-tuning on both domains"
-)
+    "magnitude", access="base, pictures of both domains", cost="full fine-tuning on both domains", domains=BOTH,
+    options=MASKS | TUNING,
+)  # fmt: skip
 def magnitude(subject: Subject) -> Found:
     """The tensors that full fine-tuning moves most, per parameter: mean |theta_ft - theta_pre|."""
     base, tuned = subject.base, subject.tuned
@@ -44,7 +47,7 @@ def magnitude(subject: Subject) -> Found:
 
 @GUARDS.register(
     "fisher", paper="Kirkpatrick et al. 2017 (diagonal Fisher)", access="base, pictures of both domains",
-    cost="a backward pass a picture and noise draw",
+    cost="a backward pass a picture and noise draw", domains=BOTH, options=MASKS,
 )  # fmt: skip
 def fisher(subject: Subject) -> Found:
     """The tensors that the forbidden domain pulls at more than the allowed one: log ratio of mean g^2 at the base.
@@ -58,7 +61,8 @@ def fisher(subject: Subject) -> Found:
 
 @GUARDS.register(
     "first-order", access="base, pictures of both domains",
-    cost="full fine-tuning on both domains, and a backward pass a batch of pictures",
+    cost="full fine-tuning on both domains, and a backward pass a batch of pictures", domains=BOTH,
+    options=MASKS | TUNING,
 )  # fmt: skip
 def first_order(subject: Subject) -> Found:
     """What taking each tensor back would cost, to first order: <theta_pre - theta_ft, g>, illegal less innocent, at theta_ft."""
@@ -80,7 +84,7 @@ def first_order(subject: Subject) -> Found:
 
 @GUARDS.register(
     "blocks", access="base, pictures of both domains",
-    cost="full fine-tuning on both domains, and a forward pass a block",
+    cost="full fine-tuning on both domains, and a forward pass a block", domains=BOTH, options=MASKS | TUNING,
 )  # fmt: skip
 def blocks(subject: Subject) -> Found:
     """Whole blocks: each taken back alone, by what the forbidden domain loses less what the allowed one does."""

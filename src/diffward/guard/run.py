@@ -16,9 +16,11 @@ from diffward.data import Pictures
 from diffward.errors import InputError, TrainingError
 from diffward.files import write_json
 from diffward.guard.artefacts import EDIT, MASK, put_edit, read_edit
+from diffward.guard.budget import choose
 from diffward.guard.domains import Domains
 from diffward.guard.learn import mask_from
 from diffward.guard.mask import FreezeMask
+from diffward.guard.options import check_options
 from diffward.guard.plot import draw_mask
 from diffward.guard.processes import together, world
 from diffward.guard.stored import Stored
@@ -72,11 +74,13 @@ def run_learning(
         edit: edited weights to start from: the mask is then of the edited base.
 
     Raises:
-        InputError: `out` holds another run, a domain is empty, or the two share pictures.
+        InputError: `out` holds another run, a domain is empty, the two share pictures, the budget freezes nothing or
+            everything, or a setting is one that the method does not look at.
         TrainingError: a loss of the simulated fine-tuning was not finite.
     """
     guard = GUARDS[method].obj
     began = time.monotonic()
+    check_options(method, settings, concepts, guide)
     edited = put_edit(denoiser, read_edit(edit, denoiser)) if edit else []
     identity = _identity(denoiser, domains, method, settings, concepts, guide)
     if (done := _finished(out, identity)) is not None:
@@ -84,14 +88,17 @@ def run_learning(
     illegal, innocent = (
         _encode(denoiser, side, cache) for side in (domains.illegal, domains.innocent)
     )
-    if "pictures" in GUARDS[method].access:
-        hashes = set(domains.illegal.hashes), set(domains.innocent.hashes)
-        check_domains(illegal, innocent, hashes)
+    hashes = set(domains.illegal.hashes), set(domains.innocent.hashes)
+    check_domains(method, illegal, innocent, hashes)
+    subject = Subject(denoiser, illegal, innocent, settings, out / WORK, list(concepts), guide)
+    if (
+        "budget" in GUARDS[method].extra["options"]
+    ):  # too small or too large a one shows before hours of work
+        choose(torch.zeros(len(subject.names)), subject.costs, settings.budget)
     first = world()[1] == 0
     if first:
         write_json(out / WORK / RUN, identity)
         write_config({**(config or {}), **asdict(settings)}, out / "config.yaml")
-    subject = Subject(denoiser, illegal, innocent, settings, out / WORK, list(concepts), guide)
     found = guard(subject)
     learned = _artefact(subject, method, found, domains, out)
     if edited and learned.mask:
@@ -167,7 +174,8 @@ def _finished(out: Path, identity: dict[str, Any]) -> Learned | None:
         return None
     if (out / MASK).exists():
         return Learned(out / MASK, FreezeMask.load(out / MASK), before=True)
-    return Learned(out / EDIT, before=True)
+    # Somebody took the artefact away: make it again.
+    return Learned(out / EDIT, before=True) if (out / EDIT).exists() else None
 
 
 def _artefact(subject: Subject, method: str, found: Found, domains: Domains, out: Path) -> Learned:

@@ -14,20 +14,26 @@ from diffward.files import atomic_path
 
 
 class Stored(Mapping[str, Tensor]):
-    """Tensors of a safetensors file; the system maps its pages in and may drop them again."""
+    """Tensors of a safetensors file; the system maps its pages in and may drop them again.
+
+    Attributes:
+        run: what they are of, as `write` was told; "" for nothing.
+    """
 
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         self.path = path
         self._file = safe_open(path, framework="pt", device=str(device))
         self._names = dict.fromkeys(self._file.keys())
+        self.run: str = (self._file.metadata() or {}).get("run", "")
 
     @classmethod
     def write(
-        cls, path: Path, weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
-    ) -> Stored:
-        """Save `weights` and open them."""
+        cls, path: Path, weights: Mapping[str, Tensor], device: torch.device | str = "cpu", run: str = ""
+    ) -> Stored:  # fmt: skip
+        """Save `weights` and open them; `run` says what they are of, for whoever finds the file."""
         with atomic_path(path) as temporary:
-            save_file({n: t.detach().cpu().contiguous() for n, t in weights.items()}, temporary)
+            tensors = {n: t.detach().cpu().contiguous() for n, t in weights.items()}
+            save_file(tensors, temporary, {"run": run} if run else None)
         return cls(path, device)
 
     def __getitem__(self, name: str) -> Tensor:

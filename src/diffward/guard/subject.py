@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffward.errors import InputError
+from diffward.errors import InputError, TrainingError
+from diffward.guard.processes import world
 from diffward.guard.settings import GuardSettings
 from diffward.guard.stored import Stored
 from diffward.models.parameters import parameters_of, put
@@ -91,6 +94,11 @@ class Subject:
 
         given, path = self.settings, self._folder / "tuned.safetensors"
         self.base  # noqa: B018 (written before anything trains)
+        run = self._tuning()
+        if path.exists() and Stored(path).run != run:
+            raise InputError(
+                f"{path}: is of a fine-tuning on other pictures, settings or base; choose another folder, or delete it"
+            )
         if not path.exists():
             settings = Settings(
                 steps=given.tune_steps, batch=given.batch, lr=given.user_lr, tune="full", seed=given.seed,
@@ -100,13 +108,24 @@ class Subject:
             both, method = Both.of(self.illegal, self.innocent)
             checkpoint = self.work / "tuning.pt" if self.work else None
             try:
-                train(self.denoiser, both, method, settings, checkpoint=checkpoint)
-                Stored.write(path, parameters_of(self.denoiser.unet))
+                train(
+                    self.denoiser, both, method, settings, checkpoint=checkpoint, rate_option="--user-lr"
+                )  # fmt: skip
+                Stored.write(path, parameters_of(self.denoiser.unet), run=run)
+            except TrainingError as error:
+                raise TrainingError(f"full fine-tuning on both domains, {error}") from error
             finally:
                 self.restore()
             if checkpoint:
                 checkpoint.unlink(missing_ok=True)
         return Stored(path, self.denoiser.device)
+
+    def _tuning(self) -> str:
+        """What theta_ft is a function of, as a hash."""
+        told = [getattr(self.settings, name) for name in ("tune_steps", "batch", "user_lr", "seed")]
+        told += [self.illegal.digest(), self.innocent.digest(), self.denoiser.unet_identity]
+        told += [str(self.denoiser.compute_dtype), world()[0]]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def restore(self) -> None:
         """Put the base's weights back."""
@@ -127,12 +146,19 @@ class Subject:
 
 Guard = Callable[[Subject], Found]
 GUARDS: Registry[Guard] = Registry("guard")
+"""`extra` of an entry says which `domains` must have pictures, and which `options` it reads (see `guard.options`);
+`not_published` are those of them that the update as published does not know."""
+BOTH = ("illegal", "innocent")
+MASKS = frozenset({"budget", "by", "cost_weight"})  # what every guard that scores tensors reads
+TUNING = frozenset({"tune_steps", "batch", "user_lr", "gradient_checkpointing"})  # for theta_ft
 
 
-def check_domains(illegal: Features, innocent: Features, hashes: tuple[set[str], set[str]]) -> None:
-    """Raises `InputError` where a domain is empty or a picture is in both."""
+def check_domains(
+    method: str, illegal: Features, innocent: Features, hashes: tuple[set[str], set[str]]
+) -> None:
+    """Raises `InputError` where a domain that the guard needs is empty, or a picture is in both."""
     for name, features in (("illegal", illegal), ("innocent", innocent)):
-        if not len(features):
+        if name in GUARDS[method].extra["domains"] and not len(features):
             raise InputError(f"--{name}: no picture in it")
     if both := hashes[0] & hashes[1]:
         raise InputError(

@@ -39,7 +39,7 @@ class Vectors:
 
 @GUARDS.register(
     "uce", paper="Gandikota et al. 2024 (arXiv 2308.14761)", access="base, words for the concepts",
-    cost="one linear system; seconds",
+    cost="one linear system; seconds", domains=(), options=frozenset({"uce", "concepts", "guide"}),
 )  # fmt: skip
 def uce(subject: Subject) -> Found:
     """Concepts erased in closed form: cross-attention keys and values that answer them as they answer the guide."""

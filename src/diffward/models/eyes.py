@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 NEAREST = 3  # pictures of a gallery that a drawn one is compared with: the most similar ones
 ATTRIBUTES, TRANSFORMERS = "attributes", "transformers:"
 _BATCH = 32
+_TOKENIZERS = "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model"
 
 
 class Eye(Protocol):
@@ -43,8 +44,28 @@ def open_eye(name: str, device: str = "cpu") -> Eye:
     )
 
 
+@runtime_checkable
+class Reads(Protocol):
+    """An eye that also tells how well pictures keep to their captions."""
+
+    def reads(self, captions: Sequence[str]) -> bool:
+        """Whether it can tell for all of these."""
+        ...
+
+    def agreement(self, pixels: np.ndarray, captions: list[str]) -> np.ndarray:
+        """uint8 (n, H, W, 3) and n captions to (n,) in [0, 1]."""
+        ...
+
+
+def agreement_of(
+    eye: Eye, captions: Sequence[str]
+) -> Callable[[np.ndarray, list[str]], np.ndarray] | None:
+    """What tells how well a picture keeps to its caption; None where the eye cannot for these captions."""
+    return eye.agreement if isinstance(eye, Reads) and eye.reads(captions) else None
+
+
 class Attributes:
-    """The attribute network of the embedded base's world, (n, 192)."""
+    """The attribute network of the embedded base's world, (n, 192). Of captions it knows that world's words."""
 
     name = ATTRIBUTES
     side = 64
@@ -61,6 +82,18 @@ class Attributes:
                 f"{pixels.shape[2]} x {pixels.shape[1]}; give {TRANSFORMERS}FOLDER"
             )
         return np.asarray(self._reader.features(np.ascontiguousarray(pixels)))
+
+    def reads(self, captions: Sequence[str]) -> bool:
+        from diffward.models.mini.attributes import named_in
+
+        return all(named_in(caption) for caption in captions)
+
+    def agreement(self, pixels: np.ndarray, captions: list[str]) -> np.ndarray:
+        """Which part of what the caption says the picture shows."""
+        from diffward.models.mini.attributes import named_in
+        from diffward.models.mini.reader import attribute_agreement
+
+        return attribute_agreement(self._reader, pixels, [named_in(one) for one in captions])
 
 
 class Latents:
@@ -81,7 +114,8 @@ class Latents:
 class Transformer:
     """Any image model of transformers: image features of a two-tower model, else the pooled output.
 
-    A model without a pooled output gives the mean of its last hidden state over places.
+    A model without a pooled output gives the mean of its last hidden state over places. A two-tower model with its
+    tokenizer reads captions.
     """
 
     def __init__(self, model: str, device: str = "cpu") -> None:
@@ -96,6 +130,7 @@ class Transformer:
             self._model = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
             # A model of words, or a processor of another size, shows here and not after hours of training.
             self.features(np.zeros((1, 64, 64, 3), dtype=np.uint8))
+            self._tokenizer = _tokenizer(model, self._model)
         except Exception as error:
             told = " ".join(str(error).split())[:120]
             raise InputError(
@@ -115,10 +150,49 @@ class Transformer:
                 parts.append(_pooled(self._answer(inputs.pixel_values)).float().cpu().numpy())
         return np.concatenate(parts)
 
+    def reads(self, captions: Sequence[str]) -> bool:
+        return self._tokenizer is not None
+
+    def agreement(self, pixels: np.ndarray, captions: list[str]) -> np.ndarray:
+        """Cosine of picture and caption, 0 where it is negative (Hessel et al. 2021, without their factor)."""
+        import torch
+
+        distinct, parts = list(dict.fromkeys(captions)), []
+        with torch.inference_mode():
+            for start in range(0, len(distinct), _BATCH):
+                # To full length: some (SigLIP) were trained so, and to the others it is all one.
+                tokens = self._tokenizer(
+                    distinct[start : start + _BATCH], padding="max_length", truncation=True, return_tensors="pt",
+                    max_length=self._model.config.text_config.max_position_embeddings,
+                ).to(self.device)  # fmt: skip
+                given = {k: tokens[k] for k in ("input_ids", "attention_mask") if k in tokens}
+                answer = self._model.get_text_features(**given)
+                parts.append(_pooled(answer).float().cpu().numpy())
+        texts = dict(zip(distinct, _unit(np.concatenate(parts)), strict=True))
+        cosine = np.sum(
+            _unit(self.features(pixels)) * np.stack([texts[c] for c in captions]), axis=1
+        )
+        return np.clip(cosine, 0.0, 1.0)
+
     def _answer(self, inputs: Any) -> Any:
         if hasattr(self._model, "get_image_features"):
             return self._model.get_image_features(pixel_values=inputs)
         return self._model(pixel_values=inputs)
+
+
+def _tokenizer(model: str, loaded: Any) -> Any:
+    """Of a two-tower model, where it comes with one; else None."""
+    from transformers import AutoTokenizer
+
+    if not hasattr(loaded, "get_text_features"):
+        return None
+    folder = Path(model)
+    if folder.exists() and not any((folder / name).exists() for name in _TOKENIZERS):
+        return None  # transformers would make up an empty one
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception:  # whatever a missing or foreign tokenizer makes of it
+        return None
 
 
 def _pooled(answer: Any) -> Any:

@@ -51,6 +51,7 @@ def evaluate(
         out: folder for the page and the pictures.
     """
     config = dict(locals())
+    del config["settings"]
 
     from dataclasses import asdict
     from pathlib import Path
@@ -67,20 +68,22 @@ def evaluate(
         illegal, illegal_held_out, innocent, innocent_held_out, subjects=subjects, others=others, limit=limit,
         image_column=image_column, caption_column=caption_column, default_caption=default_caption,
     )  # fmt: skip
+    for note in case.notes:
+        print(f"note: {note}")
     denoiser = load_base(
         base, device=device, precision=precision, resolution=resolution, config=base_config
     )
     guards, given = guards_of(denoiser, mask, edit, settings.seeds)
     seen = open_eye(eye, str(denoiser.device))
-    sides = case.sides(denoiser, class_prompt, innocent_class_prompt, cache=cache)
-    found = attack(denoiser, guards, *sides, settings, Path(out) / "work", eye=seen)
-    del config["settings"]
+    sides = case.sides(denoiser, class_prompt, innocent_class_prompt, cache=cache, eye=seen)
+    facts = mask_words(given) if given else None
     write_config({**config, **asdict(settings)}, Path(out) / "config.yaml")
+    found = attack(denoiser, guards, *sides, settings, Path(out) / "work", eye=seen)
     plot = Path(out) / "mask.png"
     if given:
         draw_mask(given, plot)
     page, data = write_guard_page(
-        found, Path(out), mask_plot=plot if given else None, mask_facts=mask_words(given) if given else None,
+        found, Path(out), mask_plot=plot if given else None, mask_facts=facts,
         provenance={"versions": versions(), "hardware": hardware(str(denoiser.device))},
     )  # fmt: skip
     print(f"wrote {data}")

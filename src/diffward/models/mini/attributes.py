@@ -90,6 +90,26 @@ ATTRIBUTES: dict[str, list[str]] = {
 Attributes = dict[str, int]
 
 
+def named_in(caption: str) -> Attributes:
+    """What a caption says of a picture, by attribute; nothing where it is no caption of this world's.
+
+    A word that may mean two things of one domain (a colour: of what?) tells nothing.
+    """
+    words = set(caption.replace(",", " ").split())
+    domain = next(
+        (d for d, own in DOMAINS.items() if words & ({d} | set(own.get(d, ())))), None
+    )  # fmt: skip
+    if domain is None:
+        return {}
+    said: Attributes = {"domain": list(DOMAINS).index(domain)}
+    own = DOMAINS[domain]
+    for word in words:
+        meant = [name for name, values in own.items() if word in values]
+        if len(meant) == 1:
+            said[meant[0]] = own[meant[0]].index(word)
+    return said
+
+
 @dataclass(frozen=True)
 class Person:
     """One fictional person: an index into the values of each attribute of `IDENTITY`."""
