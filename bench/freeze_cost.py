@@ -9,6 +9,7 @@ moments are all of the memory; `sd15-512` is the same at 512 pixels, where activ
     early    the first in the order in which a forward pass uses them, so that the backward pass ends early
 
 and `python -m bench.freeze_cost learn BASE FOLDER`: theta_ft and one update of the mask, for what learning needs.
+`python -m bench.freeze_cost large` measures `sd15-512` alone; rows of the recorded table stay.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from bench._result import record
+from bench._result import record, with_recorded
 from bench._support import measure
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ SD15, LARGE, SMALL = "sd15", "sd15-512", "small"
 OPTIMIZER = "factored"  # of the simulated user
 MASKS = "random", "costly", "early"
 WARM, STEPS = 1, 2
-LATENT, BATCH = {SD15: 16, LARGE: 64, SMALL: 8}, {SD15: 2, LARGE: 1, SMALL: 2}
+LATENT, BATCH = {SD15: 16, LARGE: 64, SMALL: 8}, 2
 LIMIT_MB = 24 * 2**30 / 1e6
 
 
@@ -63,20 +64,26 @@ CASES = (
         for mask in ("costly", "early")
     ),
 )
-AT_512 = Case(0.3), *(Case(0.3, by, mask) for by in ("tensors", "parameters") for mask in MASKS[1:])
+AT_512 = Case(0.3), *(Case(0.3, "parameters", mask) for mask in MASKS[1:])
 QUICK = tuple(Case(0.3, mask=mask) for mask in MASKS)
 
 
 def run(quick: bool = False) -> None:
     base = SMALL if quick else SD15
-    rows = [
+    write([
         *table(base, QUICK if quick else CASES),
         *([] if quick else table(LARGE, AT_512)),
         *learning(base),
-    ]
+    ], quick)  # fmt: skip
+
+
+def write(rows: list[dict[str, Any]], quick: bool = False) -> None:
+    base = SMALL if quick else SD15
+    if not quick:
+        rows = with_recorded("freeze-cost", rows, ("base", "rho", "by", "mask", "learn", "stage"))
     record("freeze-cost", rows, seeds=[SEED], quick=quick, notes=[
-        f"full fine-tuning, AdamW, fp32, one thread, batch {BATCH[base]}, latents {LATENT[base]} x {LATENT[base]} "
-        f"({LARGE}: batch {BATCH[LARGE]}, {LATENT[LARGE]} x {LATENT[LARGE]}), random weights; each row a process of its own, "
+        f"full fine-tuning, AdamW, fp32, one thread, batch {BATCH}, latents {LATENT[base]} x {LATENT[base]} "
+        f"({LARGE}: {LATENT[LARGE]} x {LATENT[LARGE]}), random weights; each row a process of its own, "
         f"{STEPS} steps after {WARM} that is not counted",
         "rho: share frozen, of what `by` says (cost: of what training all tensors costs); mask: random; costly: "
         "the tensors whose training costs most; early: the first that a forward pass uses; tensor_share, parameter_share: "
@@ -141,9 +148,9 @@ def train_alone(base: str, case: Case) -> dict[str, float]:
     chosen = frozen_by(case, denoiser)
     names = [name for name, one in zip(own, chosen.tolist(), strict=True) if one]
     stamps: list[float] = []
-    settings = Settings(steps=WARM + STEPS, batch=BATCH[base], lr=LR, tune="full", seed=SEED)
+    settings = Settings(steps=WARM + STEPS, batch=BATCH, lr=LR, tune="full", seed=SEED)
     train(
-        denoiser, pictures_of(denoiser, 2 * BATCH[base]), Plain(), settings, frozen=names,
+        denoiser, pictures_of(denoiser, 2 * BATCH), Plain(), settings, frozen=names,
         on_step=lambda step: stamps.append(time.process_time()),
     )  # fmt: skip
     sizes = [float(p.numel()) for p in own.values()]
@@ -216,9 +223,9 @@ def learn_alone(base: str, folder: Path) -> dict[str, float]:
 
     denoiser = denoiser_of(base)
     settings = GuardSettings(
-        tune_steps=1, updates=1, interval=1, batch=BATCH[base], user_lr=LR, user_optimizer=OPTIMIZER, seed=SEED
+        tune_steps=1, updates=1, interval=1, batch=BATCH, user_lr=LR, user_optimizer=OPTIMIZER, seed=SEED
     )  # fmt: skip
-    illegal, innocent = (pictures_of(denoiser, BATCH[base], SEED + i) for i in (1, 2))
+    illegal, innocent = (pictures_of(denoiser, BATCH, SEED + i) for i in (1, 2))
     subject = Subject(denoiser, illegal, innocent, settings, folder)
     with most_private() as most:
         began = time.process_time()
@@ -292,9 +299,12 @@ def main() -> None:
     training.add_argument("by", choices=["tensors", "parameters", "cost"])
     training.add_argument("mask", choices=["none", *MASKS])
     learn.add_argument("folder", type=Path)
+    ways.add_parser("large")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.way == "train":
+    if args.way == "large":
+        write(table(LARGE, AT_512))
+    elif args.way == "train":
         print(json.dumps(train_alone(args.base, Case(args.rho, args.by, args.mask))))
     else:
         print(json.dumps(learn_alone(args.base, args.folder)))
