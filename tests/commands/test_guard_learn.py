@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.test_guard_cli import TINY, draw, one_line, run
+from tests.commands.guarding import TINY, draw, one_line, run
 
 
 @pytest.fixture(scope="module")
