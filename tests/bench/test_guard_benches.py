@@ -250,6 +250,23 @@ def test_contrasts_come_from_the_hits_that_rows_carry(bench: Any) -> None:
     assert freeze["vs_none_ci95"][0] <= -0.75 <= freeze["vs_none_ci95"][1] < 0
 
 
+def test_fresh_seeds_stand_apart(bench: Any) -> None:
+    """An effect that the first five seeds alone have is not lent to the fresh ones, nor they to it."""
+    module = bench("freezeasguard")
+
+    def row(method: str, seed: int, hits: str) -> dict[str, Any]:
+        return {"table": "1", "method": method, "attacker": "full", "seed": seed, "hits": [hits, hits],
+                "innocent_quality": 0.9}  # fmt: skip
+
+    rows = [row("random", s, "1111") for s in (*module.SEEDS, *module.FRESH)]
+    rows += [row("freeze", s, "1000") for s in module.SEEDS]
+    rows += [row("freeze", s, "1111") for s in module.FRESH]
+    first = module.contrasts(rows)[1]
+    fresh = module.contrasts(rows, module.FRESH, module.OVER_FRESH)[1]
+    assert (first["table"], first["seeds"], first["vs_random"]) == (module.OVER_SEEDS, 5, -0.75)
+    assert (fresh["table"], fresh["seeds"], fresh["vs_random"]) == (module.OVER_FRESH, 3, 0.0)
+
+
 def test_a_unit_is_there_once_all_its_guards_and_attackers_have_rows(bench: Any) -> None:
     freezeasguard = bench("freezeasguard")
     unit = freezeasguard.Unit("1", 2, ("freeze", "uce"), ("lora", "full"))

@@ -53,6 +53,7 @@ def everything(data: dict[str, Any]) -> None:
         (lambda data: data.pop("tensors"), "damaged"), (lambda data: data.update(schema="x"), "schema"),
         (lambda data: data["tensors"]["conv_in.weight"].update(score=float("nan")), "damaged"),
         (lambda data: data.update(budget=3), "damaged"), (lambda data: data.update(domains=["red"]), "damaged"),
+        (lambda data: data["domains"]["illegal"].pop("pictures"), "damaged"),
     ],
 )  # fmt: skip
 def test_train_refuses_a_mask_that_is_not_this_bases(
@@ -311,8 +312,8 @@ def test_evaluate_refuses(
         ([*mask, "--eye", "glass"], "--eye glass"), ([*mask, "--attackers", "[melt]"], "unknown attacker"),
         ([*mask, "--attackers", "[dreambooth]"], "class prompt"),
         ([*mask, "--innocent-held-out", options["--innocent"]], "training pictures too"),
-        ([*mask, "--innocent", options["--illegal"]], "--illegal and --innocent share"),
-        ([*mask, "--innocent-held-out", options["--illegal"]], "--illegal and --innocent share"),
+        ([*mask, "--innocent", options["--illegal"]], "--illegal and --innocent (held-out pictures included) share"),
+        ([*mask, "--innocent-held-out", options["--illegal"]], "(held-out pictures included) share"),
         ([*mask, "--others", copied], "--others: 2 pictures are in --illegal"),
         ([*mask, "--illegal", f"{held / 'ann'},{again}"], "two folders have a subject ann"),
     ]  # fmt: skip

@@ -459,3 +459,20 @@ def test_captions_belong_to_the_pictures_and_some_are_dropped(denoiser, features
                 else:
                     torch.testing.assert_close(text, own, atol=1e-4, rtol=1e-3)
     assert abs(dropped / total - 0.3) < 4 * (0.21 / total) ** 0.5
+
+
+def test_a_gradient_that_lies_otherwise_is_put_right():
+    """The fused AdamW goes through memory: with other strides it would move the wrong entries and say nothing."""
+    from diffward.finetune.loop import _optimizer, _same_layout
+
+    start, slope = torch.randn(3, 4), torch.randn(3, 4)
+    moved = []
+    for other in (False, True):
+        p = torch.nn.Parameter(start.clone())
+        p.grad = slope.T.contiguous().T if other else slope.clone()
+        assert (p.grad.stride() == p.stride()) != other
+        optimizer = _optimizer([p], Settings(lr=1e-2))
+        _same_layout([p])
+        optimizer.step()
+        moved.append(p.detach())
+    assert torch.equal(*moved)

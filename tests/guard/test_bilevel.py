@@ -230,7 +230,7 @@ def test_two_processes_share_one_user_and_one_mask(tmp_path: Path) -> None:
 
 def test_a_mask_file_says_nothing_of_the_pictures(subject: Make, tmp_path: Path) -> None:
     one = subject()
-    mask = learn_mask(one, "freeze", {"illegal": {"told": "portraits", "pictures": 6}})
+    mask = learn_mask(one, "freeze", {"illegal": {"name": "portraits", "pictures": 6}})
     mask.save(tmp_path / "mask.json")
     text = (tmp_path / "mask.json").read_text()
     assert "cup" not in text and "blue" not in text and str(tmp_path) not in text

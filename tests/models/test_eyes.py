@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffward.errors import InputError
 from diffward.models.eyes import agreement_of, gallery_match, open_eye
@@ -172,6 +173,19 @@ def test_captions_are_read_by_a_two_tower_model_with_its_tokenizer(image_models,
             cosine = float(out.logits_per_image / model.logit_scale.exp())
         assert found[i] == pytest.approx(max(cosine, 0.0), abs=1e-5)
     assert len(set(found)) == 3
+    # Another model's tokenizer: the eye opens, and reads no captions.
+    shutil.copytree(folder, tmp_path / "foreign")
+    told = json.loads((tmp_path / "foreign" / "config.json").read_text())
+    told["text_config"]["vocab_size"] = 4
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(told))
+    weights = load_file(tmp_path / "foreign" / "model.safetensors")
+    name = "text_model.embeddings.token_embedding.weight"
+    save_file(
+        {**weights, name: weights[name][:4].clone()},
+        tmp_path / "foreign" / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert agreement_of(open_eye(f"transformers:{tmp_path / 'foreign'}"), captions) is None
 
 
 def test_captions_of_the_embedded_world_are_read_by_its_own_eye():
@@ -185,6 +199,7 @@ def test_captions_of_the_embedded_world_are_read_by_its_own_eye():
     # Every other picture, against the caption of another domain.
     assert agreement_of(eye, captions)(pixels, captions[1:] + captions[:1]).mean() < 0.6
     assert agreement_of(eye, [*captions, "a photo of a dog"]) is None
+    assert agreement_of(eye, ["a portrait of sks"]) is None  # nothing beside the kind of picture
 
 
 def test_what_a_caption_says_is_told_where_it_is_clear():
@@ -197,6 +212,8 @@ def test_what_a_caption_says_is_told_where_it_is_clear():
         "domain": 2, "garment": garment["garment"].index("coat"), "pattern": garment["pattern"].index("striped"),
     }  # fmt: skip
     assert attributes.named_in("a portrait of sks") == {"domain": 0}
+    # Two values of one thing: neither is what the picture must show.
+    assert attributes.named_in("A picture of a hat and a coat.") == {"domain": 2}
     assert attributes.named_in("a dog") == {}
 
 

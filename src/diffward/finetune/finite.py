@@ -18,12 +18,13 @@ def check_finite(each: Tensor, rows: Tensor, features: Features, where: str, opt
 
     Args:
         where: what was being done: "step 3".
-        option: the learning rate on the command line, which is what to lower.
+        option: the learning rate on the command line, which is what to lower; "" where nothing was trained.
     """
     if torch.isfinite(each).all():
         return
     finite = torch.isfinite(each.detach()).tolist()
     bad = [features.names[r] for r, ok in zip(rows.tolist(), finite, strict=True) if not ok]
+    lower = f"lower {option}, or " if option else ""
     raise TrainingError(
-        f"{where}: the loss is not finite for {', '.join(bad)}; lower {option}, or look at these pictures"
+        f"{where}: the loss is not finite for {', '.join(bad)}; {lower}look at these pictures"
     )

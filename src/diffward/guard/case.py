@@ -85,16 +85,18 @@ class Case:
             load_domain("innocent", innocent, True, columns),
             load_domain("innocent-held-out", innocent_held_out, True, columns),
         )  # fmt: skip
-        case._check()
+        case._check(more)
         return case
 
-    def _check(self) -> None:
+    def _check(self, others: dict[str, Pictures]) -> None:
         """The domains must not share pictures. Held-out ones that look nearly like training ones are noted: two
         pictures of one subject may."""
         illegal, held_out = _join(self.illegal), _join(self.held_out)
         forbidden = Pictures([*illegal, *held_out])
-        Domains(forbidden, Pictures([*self.innocent, *self.innocent_held_out])).check()
-        if same := set(forbidden.hashes) & set(_join(self.others).hashes):
+        Domains(forbidden, Pictures([*self.innocent, *self.innocent_held_out])).check(
+            " (held-out pictures included)"
+        )
+        if same := set(forbidden.hashes) & set(_join(others).hashes):
             raise InputError(
                 f"--others: {len(same)} pictures are in --illegal or --illegal-held-out too; take them out"
             )
@@ -187,7 +189,7 @@ def mask_words(mask: FreezeMask) -> dict[str, str]:
     facts = mask.facts
     told = {"frozen": mask.told(), "found by": str(facts.get("method", "unknown"))}
     if budget := facts.get("budget"):
-        told["budget"] = f"{budget['share']:.0%} by {budget['by']}"
+        told["budget"] = f"{float(budget['share']):.0%} by {budget['by']}"
     for which, words in (("illegal", "forbidden domain"), ("innocent", "allowed domain")):
         if domain := facts.get("domains", {}).get(which):
             told[words] = f"{domain['name']}, {domain['pictures']} pictures"
@@ -205,7 +207,7 @@ def _by_subject(option: str, folders: Sequence[tuple[str, Pictures]]) -> dict[st
         rows: dict[str, list[int]] = {}
         for row, picture in enumerate(pictures):
             top, slash, _ = picture.name.partition("/")
-            alone = ALONE if len(folders) == 1 else folder
+            alone = ALONE if len(folders) == 1 and option != "others" else folder
             rows.setdefault(top if slash else alone, []).append(row)
         for name, own in rows.items():
             if name in found:

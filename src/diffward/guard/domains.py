@@ -40,11 +40,12 @@ class Domains:
         found.check()
         return found
 
-    def check(self) -> None:
+    def check(self, which: str = "") -> None:
         """Raises `InputError` where a picture, or a copy of it, is in both: the mask could not tell them apart."""
         if both := in_both(self.illegal, self.innocent):
             raise InputError(
-                f"--illegal and --innocent share {len(both)} pictures (copies, or nearly); take them out of one of the two"
+                f"--illegal and --innocent{which} share {len(both)} pictures (copies, or nearly); take them out of one of "
+                "the two"
             )
 
     def facts(self) -> dict[str, dict[str, Any]]:

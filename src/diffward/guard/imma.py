@@ -160,7 +160,9 @@ class Alternation:
         for parameter in own:
             parameter.requires_grad_(True)
         loss = self.loss(number)
-        value = float(loss.detach())
+        mean = loss.detach().clone()
+        average(mean)
+        value = float(mean)
         _check_bound(value, self.base_loss, options.limit, f"at step {number}")
         (loss if users else -loss).backward()
         for parameter in own:

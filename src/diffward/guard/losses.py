@@ -71,12 +71,16 @@ def gains(subject: Subject) -> tuple[float, float]:
     Raises:
         InputError: it does not; then there is nothing to prevent, or nothing to keep.
     """
-    base, tuned = losses_of(subject, {}), losses_of(subject, subject.tuned)
+    states: list[Mapping[str, Tensor]] = [{}, subject.tuned]
+    base, tuned = (
+        dict(zip(DOMAINS, shared(tuple(losses_of(subject, some)[d] for d in DOMAINS)), strict=True))
+        for some in states
+    )
     for domain in base:
         if not tuned[domain] < base[domain]:
             raise InputError(
                 f"--{domain}: {subject.settings.tune_steps} steps of full fine-tuning do not lower the loss "
                 f"({base[domain]:.4g} to {tuned[domain]:.4g}); raise --tune-steps or --user-lr, with another --out"
             )
-    illegal, innocent = shared(tuple(base[domain] - tuned[domain] for domain in DOMAINS))
+    illegal, innocent = (base[domain] - tuned[domain] for domain in DOMAINS)
     return illegal, innocent

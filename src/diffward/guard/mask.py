@@ -229,7 +229,7 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
     if "budget" in facts:
         _finite(facts["budget"]["share"]), str(facts["budget"]["by"])
     for domain in facts.get("domains", {}).values():
-        str(domain.get("name")), int(domain.get("pictures", 0))
+        str(domain["name"]), int(domain["pictures"])
 
 
 def _finite(value: Any) -> float:

@@ -114,7 +114,7 @@ def block_of(name: str) -> str:
 def _gradients(subject: Subject, domain: Features) -> dict[str, Tensor]:
     """Gradient of the mean loss of some pictures of a domain, by tensor, at the weights that the UNet has."""
     with _with_gradients(subject) as own:
-        for _ in _passes(subject, domain, subject.settings.batch):
+        for _ in _passes(subject, domain, subject.settings.batch, "--user-lr"):
             pass
         count = _draws(domain)
         return {
@@ -155,7 +155,7 @@ def _draws(domain: Features) -> int:
     return min(len(domain), PICTURES) * PAIRS
 
 
-def _passes(subject: Subject, domain: Features, size: int) -> Iterator[None]:
+def _passes(subject: Subject, domain: Features, size: int, option: str = "") -> Iterator[None]:
     """A backward pass of the summed loss of `size` draws at a time, t spread evenly over all of them."""
     denoiser, settings = subject.denoiser, subject.settings
     steps = denoiser.schedule.config.num_train_timesteps
@@ -166,6 +166,6 @@ def _passes(subject: Subject, domain: Features, size: int) -> Iterator[None]:
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         each_loss(
-            denoiser, domain, rows[part], t[part], eps[part], "ranking", "--user-lr"
+            denoiser, domain, rows[part], t[part], eps[part], "ranking", option
         ).sum().backward()
         yield

@@ -97,7 +97,8 @@ class Subject:
         run = self._tuning()
         if path.exists() and Stored(path).run != run:
             raise InputError(
-                f"{path}: is of a fine-tuning on other pictures, settings or base; choose another folder, or delete it"
+                f"{path}: is of a fine-tuning on other pictures, settings, base or number of processes, or of an earlier "
+                "version; choose another folder, or delete it"
             )
         if not path.exists():
             settings = Settings(

@@ -86,7 +86,10 @@ class Attributes:
     def reads(self, captions: Sequence[str]) -> bool:
         from diffward.models.mini.attributes import named_in
 
-        return all(named_in(caption) for caption in captions)
+        said = [named_in(caption) for caption in captions]
+        return all(said) and any(
+            len(one) > 1 for one in said
+        )  # more than what kind of picture it is
 
     def agreement(self, pixels: np.ndarray, captions: list[str]) -> np.ndarray:
         """Which part of what the caption says the picture shows."""
@@ -131,6 +134,7 @@ class Transformer:
             # A model of words, or a processor of another size, shows here and not after hours of training.
             self.features(np.zeros((1, 64, 64, 3), dtype=np.uint8))
             self._tokenizer = _tokenizer(model, self._model)
+            self._try_captions()
         except Exception as error:
             told = " ".join(str(error).split())[:120]
             raise InputError(
@@ -149,6 +153,14 @@ class Transformer:
                 inputs = self._processor(images=some, return_tensors="pt").to(self.device)
                 parts.append(_pooled(self._answer(inputs.pixel_values)).float().cpu().numpy())
         return np.concatenate(parts)
+
+    def _try_captions(self) -> None:
+        """A tokenizer that is another model's shows here; then captions are not read."""
+        try:
+            if self._tokenizer is not None:
+                self.agreement(np.zeros((1, 64, 64, 3), dtype=np.uint8), ["a picture"])
+        except Exception:
+            self._tokenizer = None
 
     def reads(self, captions: Sequence[str]) -> bool:
         return self._tokenizer is not None

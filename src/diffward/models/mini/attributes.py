@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,9 +94,9 @@ Attributes = dict[str, int]
 def named_in(caption: str) -> Attributes:
     """What a caption says of a picture, by attribute; nothing where it is no caption of this world's.
 
-    A word that may mean two things of one domain (a colour: of what?) tells nothing.
+    A word that may mean two things of one domain (a colour: of what?) tells nothing, nor do two values of one thing.
     """
-    words = set(caption.replace(",", " ").split())
+    words = set(re.findall(r"\w+", caption.lower()))
     domain = next(
         (d for d, own in DOMAINS.items() if words & ({d} | set(own.get(d, ())))), None
     )  # fmt: skip
@@ -103,10 +104,11 @@ def named_in(caption: str) -> Attributes:
         return {}
     said: Attributes = {"domain": list(DOMAINS).index(domain)}
     own = DOMAINS[domain]
-    for word in words:
-        meant = [name for name, values in own.items() if word in values]
-        if len(meant) == 1:
-            said[meant[0]] = own[meant[0]].index(word)
+    meant = {word: [name for name, values in own.items() if word in values] for word in words}
+    for name, values in own.items():
+        named = [value for value in values if meant.get(value) == [name]]
+        if len(named) == 1:
+            said[name] = values.index(named[0])
     return said
 
 
