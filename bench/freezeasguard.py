@@ -56,7 +56,7 @@ NOTES = (
     "construction (method none)",
     "innocent_captions: which part of what the caption says the picture shows: the domain, and garment and pattern, or "
     "shape, where it names them (what the attribute network reads in these styles); innocent_captions_real: the held-out "
-    "pictures themselves",
+    "pictures themselves (in Tables 4 and 6, measured earlier, all 64; else the 48 whose captions are the prompts)",
     "hits: of each picture drawn of either person, whether it is recognised (1) or not (0)",
     "base: narrow is two thirds as wide as mini, trained from another seed on other pictures; v-prediction goes on from "
     "mini's weights (bench.make_bases)",
