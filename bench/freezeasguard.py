@@ -125,6 +125,9 @@ def units() -> Iterator[Unit]:
     for seed in FRESH:
         yield Unit("1", seed, ("random", "freeze"))
     yield Unit("1, longer", SEEDS[0], ("random", "freeze"), steps=300)
+    for seed in SEEDS[1:3]:
+        for share in SHARES:
+            yield Unit("2", seed, ("random", "freeze"), share=share)
     yield Unit("1, many pictures", SEEDS[0], ("random", "freeze"), pictures=MANY)
     yield Unit("1", SEEDS[0], ("blocks", "fisher", "first-order", "magnitude"))
     for seed in SEEDS[3:]:
