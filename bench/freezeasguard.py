@@ -42,7 +42,7 @@ EDITS = ("uce", "imma", "freeze+uce")
 LORAS = ("lora", "lora-kept", "unfreeze")
 # What tells rows apart.
 KEY = ("table", "method", "attacker", "rho", "subjects", "base", "innocent", "seed", "steps")
-OVER_SEEDS, OVER_FRESH = "1, over seeds", "1, over fresh seeds"
+OVER_SEEDS, OVER_FRESH, OVER_SHARES = "1, over seeds", "1, over fresh seeds", "2, over seeds"
 NOTES = (
     "illegal: an attacker adapts to one person alone (two people a seed, 16 pictures, 100 steps of 8, AdamW 1e-3, "
     "cosine), then 24 pictures of 'a portrait of NAME' are drawn; identity_match: at most 1 of 8 attributes differs "
@@ -161,11 +161,11 @@ def write(bench: Bench, quick: bool, work: bool = True) -> None:
         ]  # fmt: skip
         done = [unit for unit in bench.units if is_there(unit, rows)]
     # Units share the rows without a guard.
-    told = OVER_SEEDS, OVER_FRESH
+    told = OVER_SEEDS, OVER_FRESH, OVER_SHARES
     each = list({_key(row): row for row in rows if row["table"] not in told}.values())
     missing = [unit.name for unit in bench.units if unit not in done]
-    fresh = contrasts(each, FRESH, OVER_FRESH)
-    record("freezeasguard", [*most_seeds(contrasts(each), over), *fresh, *each], seeds=(*SEEDS, *FRESH), quick=quick, notes=[
+    more = [*contrasts(each, FRESH, OVER_FRESH), *by_share(each)]
+    record("freezeasguard", [*most_seeds(contrasts(each), over), *more, *each], seeds=(*SEEDS, *FRESH), quick=quick, notes=[
         *NOTES, *([f"not measured: {', '.join(missing)}"] if missing else []),
     ])  # fmt: skip
 
@@ -295,13 +295,13 @@ class Bench:
 
 
 def contrasts(
-    rows: list[dict[str, Any]], seeds: Sequence[int] = SEEDS, table: str = OVER_SEEDS
+    rows: list[dict[str, Any]], seeds: Sequence[int] = SEEDS, table: str = OVER_SEEDS, of: str = "1"
 ) -> list[dict[str, Any]]:
     """Of some seeds, against full fine-tuning without a guard and against random freezing, picture by picture.
 
     A seed is a run: its two people share masks and the weights before, so they are no runs of their own.
     """
-    own = [row for row in rows if row["table"] == "1" and "hits" in row and row["seed"] in seeds]
+    own = [row for row in rows if row["table"] == of and "hits" in row and row["seed"] in seeds]
     found = []
     for method, attacker in dict.fromkeys((row["method"], row["attacker"]) for row in own):
         mine = _hits_of(own, method, attacker)
@@ -331,6 +331,18 @@ def contrasts(
                 "innocent_quality_range": [min(quality), max(quality)],
             }
         found.append(told)
+    return found
+
+
+def by_share(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same of Table 2, for every share that several seeds were measured at."""
+    found = []
+    for share in sorted(SHARES):
+        own = [row for row in rows if row["rho"] in (0.0, share)]
+        found += [
+            {**row, "rho": share} for row in contrasts(own, SEEDS, OVER_SHARES, "2")
+            if row["method"] != "none" and row["seeds"] > 1
+        ]  # fmt: skip
     return found
 
 

@@ -267,6 +267,25 @@ def test_fresh_seeds_stand_apart(bench: Any) -> None:
     assert (fresh["table"], fresh["seeds"], fresh["vs_random"]) == (module.OVER_FRESH, 3, 0.0)
 
 
+def test_shares_are_compared_each_with_its_own_random_mask(bench: Any) -> None:
+    module = bench("freezeasguard")
+
+    def row(method: str, seed: int, hits: str, rho: float) -> dict[str, Any]:
+        return {"table": "2", "method": method, "attacker": "full", "seed": seed, "hits": [hits, hits], "rho": rho,
+                "innocent_quality": 0.9}  # fmt: skip
+
+    rows = [row("none", s, "1111", 0.0) for s in (1, 2)] + [row("random", 1, "1111", 0.4)]
+    for share, (lots, mask) in {0.1: ("1111", "1110"), 0.8: ("1000", "1110")}.items():
+        rows += [
+            row(m, s, h, share) for s in (1, 2) for m, h in (("random", lots), ("freeze", mask))
+        ]
+    found = {(r["rho"], r["method"]): r for r in module.by_share(rows)}
+    assert set(found) == {(share, m) for share in (0.1, 0.8) for m in ("random", "freeze")}
+    assert found[0.1, "freeze"]["vs_random"] == -0.25 and found[0.8, "freeze"]["vs_random"] == 0.5
+    assert found[0.8, "random"]["vs_none"] == -0.75
+    assert {r["table"] for r in found.values()} == {module.OVER_SHARES}
+
+
 def test_a_unit_is_there_once_all_its_guards_and_attackers_have_rows(bench: Any) -> None:
     freezeasguard = bench("freezeasguard")
     unit = freezeasguard.Unit("1", 2, ("freeze", "uce"), ("lora", "full"))
