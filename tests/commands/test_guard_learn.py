@@ -38,35 +38,18 @@ def test_a_guard_of_one_domain_asks_for_no_other(
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_any_work(
-    forbidden: Path, base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str],
-    says: str,
+    learning: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], says: str
 ) -> None:  # fmt: skip
-    line = [
-        "guard",
-        "learn",
-        "--illegal",
-        forbidden,
-        "--innocent",
-        draw(tmp_path / "in", 3, seed=2),
-    ]
-    line += ["--base", base_folder, *TINY, *given, "--out", tmp_path / "out"]
+    line = [*learning, *given, "--out", tmp_path / "out"]
     assert says in one_line(capsys, *line)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_artefact_that_was_taken_away_is_made_again(
-    forbidden: Path, base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    learning: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mask = tmp_path / "out" / "mask.json"
-    line = [
-        "guard",
-        "learn",
-        "--illegal",
-        forbidden,
-        "--innocent",
-        draw(tmp_path / "in", 3, seed=2),
-    ]
-    line += ["--base", base_folder, *TINY, "--out", mask.parent]
+    line = [*learning, "--out", mask.parent]
     assert run(capsys, *line)[0] == 0
     before = mask.read_bytes()
     assert "user_optimizer" in json.loads(before)["settings"]
@@ -77,26 +60,8 @@ def test_an_artefact_that_was_taken_away_is_made_again(
 
 
 def test_a_rate_that_is_too_high_is_called_by_its_own_name(
-    forbidden: Path, base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    learning: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = [
-        "guard",
-        "learn",
-        "--illegal",
-        forbidden,
-        "--innocent",
-        draw(tmp_path / "in", 3, seed=2),
-    ]
-    line += [
-        "--base",
-        base_folder,
-        *TINY,
-        "--tune-steps",
-        8,
-        "--user-lr",
-        "1e8",
-        "--out",
-        tmp_path / "out",
-    ]
+    line = [*learning, "--tune-steps", 8, "--user-lr", "1e8", "--out", tmp_path / "out"]
     code, _, err = run(capsys, *line)
     assert code != 0 and "lower --user-lr" in err and "--lr," not in err and "Traceback" not in err

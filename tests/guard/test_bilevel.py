@@ -19,6 +19,7 @@ from diffward.guard.learn import learn_mask
 from diffward.guard.settings import GuardSettings
 from diffward.guard.user import SGD
 from diffward.models.parameters import parameters_of
+from tests.guard.pairs import alone_and_shared
 
 Make = Callable[..., Any]
 SCORING = [name for name in GUARDS.names() if name not in ("uce", "imma")]
@@ -208,18 +209,7 @@ def _learn(rank: int, folder: Path, port: int) -> None:
 @pytest.mark.slow
 def test_two_processes_share_one_user_and_one_mask(tmp_path: Path) -> None:
     """Half of every batch each: together what one process does with batches twice as large."""
-    import socket
-
-    import torch.multiprocessing as mp
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    _learn(0, tmp_path, 0)
-    mp.spawn(_learn, (tmp_path, port), nprocs=2)
-    alone, first, second = (
-        torch.load(tmp_path / f"{name}.pt") for name in ("False-0", "True-0", "True-1")
-    )
+    alone, first, second = alone_and_shared(_learn, tmp_path)
     assert torch.equal(first["readings"], second["readings"])
     for name in alone["weights"]:
         assert torch.equal(first["weights"][name], second["weights"][name])

@@ -20,6 +20,7 @@ from diffward.guard.both import Rows
 from diffward.guard.imma import Alternation, attention_of
 from diffward.guard.settings import VARIANTS, ImmaOptions
 from diffward.models.features import encode_pictures
+from tests.guard.pairs import alone_and_shared
 
 LR = {"inner_lr": 1e-2, "outer_lr": 2e-3}
 
@@ -344,18 +345,7 @@ def _immunise(rank: int, folder: Path, port: int) -> None:
 @pytest.mark.slow
 def test_two_processes_immunise_one_base(tmp_path: Path) -> None:
     """Half of every batch each: together what one process does with batches twice as large."""
-    import socket
-
-    import torch.multiprocessing as mp
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    _immunise(0, tmp_path, 0)
-    mp.spawn(_immunise, (tmp_path, port), nprocs=2)
-    alone, first, second = (
-        torch.load(tmp_path / f"{name}.pt") for name in ("False-0", "True-0", "True-1")
-    )
+    alone, first, second = alone_and_shared(_immunise, tmp_path)
     for name in alone:
         assert torch.equal(first[name], second[name])
         assert torch.allclose(first[name], alone[name], atol=1e-4)

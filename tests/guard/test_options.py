@@ -102,8 +102,7 @@ def test_theta_ft_that_is_not_finite_names_the_commands_option(subject: Make) ->
 def test_no_timestep_is_beyond_the_schedule(subject: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """stratum + 0.99999994 is the next stratum in fp32."""
     one = subject()
-    simulation = Simulation.__new__(Simulation)
-    Simulation.__init__(simulation, one, None)  # type: ignore[arg-type]
+    simulation = Simulation(one, None)  # type: ignore[arg-type]
     seen = []
     errors = one.denoiser.errors
     monkeypatch.setattr(

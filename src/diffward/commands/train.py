@@ -68,9 +68,8 @@ def train(
         raise InputError("give --split or --holdout, not both")
     if prior_data and prior_prompt:
         raise InputError("give --prior-data or --prior-prompt, not both")
-    check_method(
-        method, settings, bool(holdout_data)
-    )  # before pictures are drawn or encoded for nothing
+    # Before pictures are drawn or encoded for nothing.
+    check_method(method, settings, bool(holdout_data))
     if not (split or holdout) and compares(method, settings):
         holdout = SHARE
     if split is None and not holdout:

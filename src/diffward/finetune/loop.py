@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffward.errors import InputError, TrainingError
+from diffward.finetune.adamw import adamw
 from diffward.finetune.checkpoint import Checkpoint
 from diffward.finetune.finite import check_finite
 from diffward.finetune.gauge import Reading, Watch
@@ -213,7 +214,6 @@ class _Steps:
             group["lr"] = settings.rate(step, self.run.total)
         if settings.clip and not self.method.own_clipping:
             self.accelerator.clip_grad_norm_(self.run.parameters, settings.clip)
-        _same_layout(self.run.parameters)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(step)
@@ -305,19 +305,7 @@ def _trainable(
 def _optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
     if settings.optimizer == "lion":
         return Lion(parameters, settings.lr, settings.weight_decay)
-    # Fused: a step without a copy of the weights besides, and a faster one.
-    return torch.optim.AdamW(
-        parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-    )
-
-
-def _same_layout(parameters: list[nn.Parameter]) -> None:
-    """Gradients as their parameters lie in memory: the fused AdamW takes it for granted, and says nothing if not."""
-    for p in parameters:
-        if p.grad is not None and p.grad.stride() != p.stride():
-            same = [a == b or n == 1 for a, b, n in zip(p.grad.stride(), p.stride(), p.shape)]
-            if not all(same):
-                p.grad = torch.empty_like(p).copy_(p.grad)
+    return adamw(parameters, settings.lr, settings.weight_decay)
 
 
 def _check_moved(parameters: list[nn.Parameter]) -> None:

@@ -75,6 +75,4 @@ class NoisyOptimizer(DPOptimizer):
         noise = self.noise(sum(sizes), self.params[0].device)
         noise *= self.noise_multiplier * self.max_grad_norm
         for p, part in zip(self.params, noise.split(sizes), strict=True):
-            noisy = p.summed_grad.view_as(p) + part.view_as(p)  # type: ignore[attr-defined]
-            # The fused optimizer takes for granted that it lies in memory as the parameter does.
-            p.grad = torch.empty_like(p).copy_(noisy)
+            p.grad = p.summed_grad.view_as(p) + part.view_as(p)  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from diffward.errors import InputError, TrainingError
+from diffward.finetune.adamw import adamw
 from diffward.finetune.checkpoint import Checkpoint
 from diffward.finetune.sampler import generator
 from diffward.guard.both import Rows, part
@@ -111,7 +112,7 @@ class Alternation:
                 f"base {subject.denoiser.name}: its UNet has no attention that imma knows"
             )
         self.inner, self.outer = (
-            torch.optim.AdamW(own, lr=lr, weight_decay=self.options.weight_decay, fused=True)
+            adamw(own, lr, self.options.weight_decay)
             for own, lr in zip(
                 (self.phi, list(self.theta.values())), self.options.rates, strict=True
             )

@@ -91,9 +91,8 @@ def run_learning(
     hashes = set(domains.illegal.hashes), set(domains.innocent.hashes)
     check_domains(method, illegal, innocent, hashes)
     subject = Subject(denoiser, illegal, innocent, settings, out / WORK, list(concepts), guide)
-    if (
-        "budget" in GUARDS[method].extra["options"]
-    ):  # too small or too large a one shows before hours of work
+    if "budget" in GUARDS[method].extra["options"]:
+        # Too small or too large a one shows before hours of work.
         choose(torch.zeros(len(subject.names)), subject.costs, settings.budget)
     first = world()[1] == 0
     if first:

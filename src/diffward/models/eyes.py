@@ -87,9 +87,8 @@ class Attributes:
         from diffward.models.mini.attributes import named_in
 
         said = [named_in(caption) for caption in captions]
-        return all(said) and any(
-            len(one) > 1 for one in said
-        )  # more than what kind of picture it is
+        # Some must say more than what kind of picture it is.
+        return all(said) and any(len(one) > 1 for one in said)
 
     def agreement(self, pixels: np.ndarray, captions: list[str]) -> np.ndarray:
         """Which part of what the caption says the picture shows."""
